@@ -1,0 +1,222 @@
+"""The door to a Docker engine: one `DockerHost` per URL, shared by all threads.
+
+docker-py's clients are `requests` sessions: they keep connections and may be used by several threads. A host has two
+of them, because how long to wait for an answer depends on the question: `api` for questions that an engine answers at
+once, `slow_api` for work (start, stop, pull, copy), where silence is normal. Both give up *connecting* within
+`timeout_s`, so that a dead node costs seconds. An engine that accepts connections and then says nothing would cost
+`slow_timeout_s`: long work therefore begins with `check_alive()`.
+
+Nothing is opened before it is needed: a `DockerHost` for a node that is down can be made, kept and asked again later.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+import docker
+import requests
+import urllib3
+from docker.errors import APIError, DockerException, NotFound
+
+from provisioner.errors import DockerError, DockerNotFound, MachineuseError, NodeUnreachable, PortTaken
+
+LOCAL_ENGINE = "unix:///var/run/docker.sock"
+ALIVE_FOR_S = 2.0
+"""How long an answer counts as proof that the engine is alive."""
+POOL_SIZE = 64
+"""Idle connections kept to one engine; as many long calls run at once without opening new ones."""
+
+_PORT_TAKEN = ("port is already allocated", "address already in use")
+_SILENCE = (
+    requests.exceptions.ConnectionError,
+    requests.exceptions.Timeout,
+    requests.exceptions.ChunkedEncodingError,
+    urllib3.exceptions.HTTPError,
+    ConnectionError,
+    TimeoutError,
+)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class _Client(docker.APIClient):
+    """docker-py's low-level client, with a time limit for connecting that is apart from the one for answering."""
+
+    def __init__(self, *, connect_timeout_s: float, **kwargs: Any) -> None:
+        self.connect_timeout_s = connect_timeout_s  # first: the constructor asks the engine for its API version
+        super().__init__(**kwargs)
+
+    def request(self, *args: Any, **kwargs: Any) -> requests.Response:
+        self.trust_env = False  # engines are reached directly, not through a web proxy of the environment
+        timeout = kwargs.get("timeout")
+        if timeout is None or isinstance(timeout, int | float):
+            kwargs["timeout"] = (self.connect_timeout_s, timeout)
+        return super().request(*args, **kwargs)
+
+
+class DockerHost:
+    """One Docker engine, reached by a URL that docker-py understands."""
+
+    def __init__(self, url: str = LOCAL_ENGINE, *, timeout_s: float = 5.0, slow_timeout_s: float = 600.0) -> None:
+        self.url = url
+        self.timeout_s = timeout_s
+        self.slow_timeout_s = slow_timeout_s
+        self._lock = threading.Lock()
+        self._api: docker.APIClient | None = None
+        self._slow_api: docker.APIClient | None = None
+        self._alive_at = float("-inf")
+
+    def __repr__(self) -> str:
+        return f"DockerHost({self.url!r})"
+
+    @property
+    def api(self) -> docker.APIClient:
+        """Return the client for quick questions: it gives up after `timeout_s`; connects at first use."""
+        if self._api is None:
+            with self._lock:
+                if self._api is None:
+                    self._api = self._connect(timeout_s=self.timeout_s, version=None)
+        return self._api
+
+    @property
+    def slow_api(self) -> docker.APIClient:
+        """Return the client for work: it gives up after `slow_timeout_s` without a byte; connects at first use."""
+        version = str(self.api.api_version)
+        if self._slow_api is None:
+            with self._lock:
+                if self._slow_api is None:
+                    self._slow_api = self._connect(timeout_s=self.slow_timeout_s, version=version)
+        return self._slow_api
+
+    def _connect(self, *, timeout_s: float, version: str | None) -> docker.APIClient:
+        with self.errors("connect"):
+            return _Client(
+                connect_timeout_s=self.timeout_s,
+                base_url=self.url,
+                version=version,
+                timeout=timeout_s,
+                max_pool_size=POOL_SIZE,
+            )
+
+    @contextmanager
+    def errors(self, what: str) -> Iterator[None]:
+        """Turn what docker-py raises inside into our errors; `what` completes "could not …".
+
+        Raises `DockerNotFound`, `PortTaken`, `NodeUnreachable` or `DockerError`. Our own errors pass unchanged.
+        """
+        try:
+            yield
+        except MachineuseError:
+            raise
+        except (DockerException, *_SILENCE) as error:
+            raise self._explain(error, what=what) from error
+
+    def call(self, what: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call `function` with its exceptions turned into ours: `host.call("list volumes", host.api.volumes)`."""
+        with self.errors(what):
+            return function(*args, **kwargs)
+
+    def _explain(self, error: BaseException, *, what: str) -> DockerError:
+        if isinstance(error, APIError):
+            words = " ".join(str(error.explanation or error).split())
+            message = f"Docker on {self.url} could not {what}: {_shorten(words)}"
+            if isinstance(error, NotFound):
+                return DockerNotFound(message, detail=words)
+            if any(phrase in words for phrase in _PORT_TAKEN):
+                return PortTaken(
+                    f"Docker on {self.url} could not {what}: a port that it is to publish is taken.",
+                    detail=words,
+                    resolution="Stop whatever listens on that port, or let the instance be created again.",
+                )
+            return DockerError(message, detail=words)
+        detail = _root_cause(error)
+        if isinstance(error, _SILENCE) or _hides_silence(error):
+            self._alive_at = float("-inf")
+            if "Permission denied" in detail:
+                return NodeUnreachable(
+                    f"This user may not talk to the Docker engine at {self.url}.",
+                    detail=detail,
+                    resolution="Add the user to the group 'docker', or run as root.",
+                )
+            return NodeUnreachable(
+                f"The Docker engine at {self.url} does not answer.",
+                detail=f"could not {what}: {detail}",
+                resolution="Check that the node is up and that its Docker engine runs.",
+            )
+        return DockerError(f"Docker on {self.url} could not {what}: {_shorten(detail)}", detail=detail)
+
+    def ping(self) -> None:
+        """Ask the engine for a sign of life; raise `NodeUnreachable` when none comes within `timeout_s`."""
+        self.call("ping", self.api.ping)
+        self._alive_at = time.monotonic()
+
+    def check_alive(self) -> None:
+        """Ping, unless the engine answered a moment ago; raise `NodeUnreachable`."""
+        if time.monotonic() - self._alive_at > ALIVE_FOR_S:
+            self.ping()
+
+    def info(self) -> dict[str, Any]:
+        """Return what the engine says about itself and its machine (`docker info`)."""
+        info: dict[str, Any] = self.call("report on itself", self.api.info)
+        self._alive_at = time.monotonic()
+        return info
+
+    def close(self) -> None:
+        """Close idle connections; the next use connects again."""
+        with self._lock:
+            clients = [client for client in (self._api, self._slow_api) if client is not None]
+            self._api = self._slow_api = None
+        for client in clients:
+            client.close()
+
+
+class DockerHosts:
+    """The Docker engines of a process, by URL: each is made once and shared."""
+
+    def __init__(self, *, timeout_s: float = 5.0, slow_timeout_s: float = 600.0) -> None:
+        self._timeout_s = timeout_s
+        self._slow_timeout_s = slow_timeout_s
+        self._lock = threading.Lock()
+        self._hosts: dict[str, DockerHost] = {}
+
+    def get(self, url: str) -> DockerHost:
+        """Return the host of that URL, always the same one; nothing is connected yet."""
+        with self._lock:
+            host = self._hosts.get(url)
+            if host is None:
+                host = DockerHost(url, timeout_s=self._timeout_s, slow_timeout_s=self._slow_timeout_s)
+                self._hosts[url] = host
+            return host
+
+    def close(self) -> None:
+        """Close all idle connections."""
+        with self._lock:
+            hosts = list(self._hosts.values())
+        for host in hosts:
+            host.close()
+
+
+def _hides_silence(error: BaseException) -> bool:
+    """Say whether a dead connection is behind the error: docker-py wraps it while it asks for the API version."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, _SILENCE) and not isinstance(cause, APIError):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
+def _root_cause(error: BaseException) -> str:
+    """Return the innermost exception's words: the outer ones only repeat each other."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _shorten(words: str, *, limit: int = 300) -> str:
+    return words if len(words) <= limit else f"{words[:limit]}…"
