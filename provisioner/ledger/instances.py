@@ -1,0 +1,228 @@
+"""Instances, their snapshots and their ports, in the ledger.
+
+The ledger stores; it does not decide. A change is one write transaction: the record is read, a pure function (see
+provisioner/lifecycle.py) looks at it and returns an `Update`, and the update is written, or nothing is. So no two
+callers ever decide on the same state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sqlalchemy as sa
+
+from provisioner.errors import NotFound
+from provisioner.ledger import tables
+from provisioner.ledger.database import Database
+from provisioner.ledger.events import add_event
+from provisioner.ledger.records import InstanceRecord, SnapshotRecord, SnapshotState
+from provisioner.states import Status, Wanted
+
+_COLUMNS = [column.name for column in tables.instances.columns]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodeLoad:
+    """What a node has promised already."""
+
+    node_id: str
+    instances: int
+    memory_gb: float
+    cpu_cores: int
+    ports: frozenset[int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Update:
+    """What a decision changes about one instance; all of it is written in one transaction."""
+
+    values: Mapping[str, Any] = field(default_factory=dict)
+    put_snapshots: tuple[SnapshotRecord, ...] = ()
+    drop_snapshots: tuple[int, ...] = ()
+    event: tuple[str, str] | None = None
+    """Kind and message of the event to record."""
+    release_ports: bool = False
+    take_ports: tuple[int, ...] = ()
+    remove: bool = False
+
+
+LoadReader = Callable[[], tuple[NodeLoad, ...]]
+Decide = Callable[[InstanceRecord, LoadReader], Update | None]
+
+
+class Instances:
+    """The table of instances."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def create(self, draft: Callable[[LoadReader], tuple[InstanceRecord, str]]) -> InstanceRecord:
+        """Insert the instance that `draft` makes of the nodes' load; return it. `draft` returns it with a message."""
+        with self._database.write() as connection:
+            record, message = draft(lambda: _read_loads(connection))
+            connection.execute(tables.instances.insert().values(**_row(record)))
+            _take_ports(connection, record, [p for p in (record.debug_port, record.stream_port) if p is not None])
+            add_event(connection, kind="create", message=message, instance_id=record.id, node_id=record.node_id)
+        return record
+
+    def change(self, instance_id: str, decide: Decide) -> InstanceRecord | None:
+        """Let `decide` look at the record and write what it returns; return the record as it then is.
+
+        Returns None when the update removed it. Raises NotFound, and whatever `decide` raises: nothing is
+        written then.
+        """
+        with self._database.write() as connection:
+            record = _read_one(connection, instance_id)
+            update = decide(record, lambda: _read_loads(connection))
+            if update is None:
+                return record
+            _write(connection, record, update)
+            return None if update.remove else _read_one(connection, instance_id)
+
+    def get(self, instance_id: str) -> InstanceRecord:
+        """Return the instance; raise NotFound."""
+        with self._database.read() as connection:
+            return _read_one(connection, instance_id)
+
+    def find(self, instance_id: str) -> InstanceRecord | None:
+        """Return the instance, or None."""
+        try:
+            return self.get(instance_id)
+        except NotFound:
+            return None
+
+    def page(
+        self, *, status: Status | None = None, node_id: str | None = None, limit: int = 100, offset: int = 0
+    ) -> tuple[list[InstanceRecord], int]:
+        """Return one page, oldest first, and how many there are in all. Instances being deleted are still listed."""
+        where: list[sa.ColumnElement[bool]] = []
+        if status is not None:
+            where.append(tables.instances.c.status == status.value)
+        if node_id is not None:
+            where.append(tables.instances.c.node_id == node_id)
+        with self._database.read() as connection:
+            total = connection.scalar(sa.select(sa.func.count()).select_from(tables.instances).where(*where)) or 0
+            return _read(connection, where, limit=limit, offset=offset), total
+
+    def all(self) -> list[InstanceRecord]:
+        """Return every instance, oldest first."""
+        with self._database.read() as connection:
+            return _read(connection, [])
+
+    def unsettled(self) -> list[InstanceRecord]:
+        """Return the instances that are not (known to be) what they should be, oldest first."""
+        table = tables.instances
+        with self._database.read() as connection:
+            return _read(connection, [table.c.settled_generation < table.c.generation])
+
+    def counts(self) -> dict[Status, int]:
+        """Return how many instances are in each status."""
+        with self._database.read() as connection:
+            rows = connection.execute(
+                sa.select(tables.instances.c.status, sa.func.count()).group_by(tables.instances.c.status)
+            )
+            found = {Status(name): int(count) for name, count in rows}
+        return {status: found.get(status, 0) for status in Status}
+
+    def loads(self) -> tuple[NodeLoad, ...]:
+        """Return what each node with at least one instance has promised."""
+        with self._database.read() as connection:
+            return _read_loads(connection)
+
+
+def _row(record: InstanceRecord) -> dict[str, Any]:
+    row = {name: getattr(record, name) for name in _COLUMNS}
+    return row | {"status": record.status.value, "wanted": record.wanted.value}
+
+
+def _record(row: sa.RowMapping, snapshots: Sequence[SnapshotRecord]) -> InstanceRecord:
+    values: dict[str, Any] = {str(k): v for k, v in row.items()}
+    values["status"] = Status(values["status"])
+    values["wanted"] = Wanted(values["wanted"])
+    return InstanceRecord(**values, snapshots=tuple(snapshots))
+
+
+def _read_one(connection: sa.Connection, instance_id: str) -> InstanceRecord:
+    found = _read(connection, [tables.instances.c.id == instance_id])
+    if not found:
+        raise NotFound(f"There is no instance '{instance_id}'.")
+    return found[0]
+
+
+def _read(
+    connection: sa.Connection, where: Sequence[sa.ColumnElement[bool]], *, limit: int | None = None, offset: int = 0
+) -> list[InstanceRecord]:
+    table = tables.instances
+    query = sa.select(table).where(*where).order_by(table.c.created_at, table.c.id).limit(limit).offset(offset)
+    rows = connection.execute(query).mappings().all()
+    ids = [row["id"] for row in rows]
+    snapshots: dict[str, list[SnapshotRecord]] = {}
+    query_snapshots = sa.select(tables.snapshots).order_by(tables.snapshots.c.generation)
+    if len(ids) <= 200:  # beyond that, one scan of the small table beats an enormous IN list
+        query_snapshots = query_snapshots.where(tables.snapshots.c.instance_id.in_(ids))
+    for row in connection.execute(query_snapshots).mappings() if ids else ():
+        values = dict(row) | {"state": SnapshotState(row["state"])}
+        snapshots.setdefault(row["instance_id"], []).append(SnapshotRecord(**values))
+    return [_record(row, snapshots.get(row["id"], ())) for row in rows]
+
+
+def _write(connection: sa.Connection, record: InstanceRecord, update: Update) -> None:
+    if update.event is not None:
+        kind, message = update.event
+        add_event(connection, kind=kind, message=message, instance_id=record.id, node_id=record.node_id)
+    if update.remove:
+        connection.execute(tables.instances.delete().where(tables.instances.c.id == record.id))
+        return
+    if update.values:
+        values = {k: v.value if isinstance(v, Status | Wanted) else v for k, v in update.values.items()}
+        connection.execute(tables.instances.update().where(tables.instances.c.id == record.id).values(**values))
+    if update.release_ports:
+        connection.execute(tables.ports.delete().where(tables.ports.c.instance_id == record.id))
+    _take_ports(
+        connection, dataclasses.replace(record, node_id=update.values.get("node_id", record.node_id)), update.take_ports
+    )
+    mine = tables.snapshots.c.instance_id == record.id
+    for generation in (*update.drop_snapshots, *(s.generation for s in update.put_snapshots)):
+        connection.execute(tables.snapshots.delete().where(mine, tables.snapshots.c.generation == generation))
+    for snapshot in update.put_snapshots:
+        values = dataclasses.asdict(snapshot) | {"state": snapshot.state.value}
+        connection.execute(tables.snapshots.insert().values(**values))
+
+
+def _take_ports(connection: sa.Connection, record: InstanceRecord, ports: Sequence[int]) -> None:
+    for port in ports:
+        connection.execute(tables.ports.insert().values(node_id=record.node_id, port=port, instance_id=record.id))
+
+
+def _read_loads(connection: sa.Connection) -> tuple[NodeLoad, ...]:
+    # Promised is what runs, should run, or may still be in the stack.
+    table = tables.instances
+    holds = sa.or_(table.c.body, table.c.wanted == Wanted.RUNNING.value)
+    rows = connection.execute(
+        sa.select(table.c.node_id, sa.func.count(), sa.func.sum(table.c.memory_gb), sa.func.sum(table.c.cpu_cores))
+        .where(holds)
+        .group_by(table.c.node_id)
+    ).all()
+    ports: dict[str, set[int]] = {}
+    for node_id, port in connection.execute(sa.select(tables.ports.c.node_id, tables.ports.c.port)):
+        ports.setdefault(node_id, set()).add(port)
+    counted = {row[0]: row for row in rows}
+    return tuple(
+        NodeLoad(
+            node_id=node_id,
+            instances=int(counted[node_id][1]) if node_id in counted else 0,
+            memory_gb=float(counted[node_id][2]) if node_id in counted else 0.0,
+            cpu_cores=int(counted[node_id][3]) if node_id in counted else 0,
+            ports=frozenset(ports.get(node_id, ())),
+        )
+        for node_id in sorted(counted.keys() | ports.keys())
+    )
+
+
+def now() -> float:
+    """Return the time as the ledger writes it: seconds since the epoch."""
+    return time.time()

@@ -1,0 +1,68 @@
+"""Nodes in the ledger: the cluster's file, and what the heartbeats said."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from provisioner.errors import NotFound
+from provisioner.ledger import tables
+from provisioner.ledger.database import Database
+from provisioner.ledger.events import add_event
+from provisioner.ledger.records import NodeRecord, NodeStatus
+from stacks.spec import NodeSpec
+
+
+class Nodes:
+    """The table of nodes."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def sync(self, specs: Sequence[NodeSpec]) -> None:
+        """Make the table name the nodes of the cluster's file; what was observed of a known node is kept."""
+        table = tables.nodes
+        with self._database.write() as connection:
+            known = set(connection.scalars(sa.select(table.c.id)))
+            for spec in specs:
+                said = {"host": spec.host, "address": spec.address, "max_instances": spec.max_instances}
+                if spec.id in known:
+                    connection.execute(table.update().where(table.c.id == spec.id).values(**said))
+                else:
+                    connection.execute(
+                        table.insert().values(
+                            id=spec.id, **said, status=NodeStatus.OFFLINE.value, misses=0, disk_quota=False
+                        )
+                    )
+            gone = known - {spec.id for spec in specs}
+            in_use = set(connection.scalars(sa.select(tables.instances.c.node_id).distinct()))
+            for node_id in gone - in_use:
+                connection.execute(table.delete().where(table.c.id == node_id))
+
+    def list(self) -> list[NodeRecord]:
+        """Return every node, by id."""
+        with self._database.read() as connection:
+            rows = connection.execute(sa.select(tables.nodes).order_by(tables.nodes.c.id)).mappings().all()
+        return [_record(row) for row in rows]
+
+    def get(self, node_id: str) -> NodeRecord:
+        """Return the node; raise NotFound."""
+        with self._database.read() as connection:
+            row = connection.execute(sa.select(tables.nodes).where(tables.nodes.c.id == node_id)).mappings().first()
+        if row is None:
+            raise NotFound(f"There is no node '{node_id}'.")
+        return _record(row)
+
+    def observe(self, node_id: str, *, values: Mapping[str, Any], event: tuple[str, str] | None = None) -> None:
+        """Write what was observed of a node, with an event when something changed for people."""
+        plain = {k: v.value if isinstance(v, NodeStatus) else v for k, v in values.items()}
+        with self._database.write() as connection:
+            connection.execute(tables.nodes.update().where(tables.nodes.c.id == node_id).values(**plain))
+            if event is not None:
+                add_event(connection, kind=event[0], message=event[1], node_id=node_id)
+
+
+def _record(row: sa.RowMapping) -> NodeRecord:
+    return NodeRecord(**{str(k): v for k, v in row.items()} | {"status": NodeStatus(row["status"])})

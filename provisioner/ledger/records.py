@@ -1,0 +1,144 @@
+"""Rows of the ledger as frozen values; nothing outside this package sees SQL or a row object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from provisioner.states import Status, Wanted
+
+
+class SnapshotState(StrEnum):
+    """How far a snapshot is."""
+
+    PENDING = "pending"  # wanted, maybe being written
+    VERIFIED = "verified"  # written, read back, whole
+    EXPIRING = "expiring"  # a newer one took its place: to be deleted
+
+
+class NodeStatus(StrEnum):
+    """Whether a node's engine answers; the API's words."""
+
+    ONLINE = "online"
+    OFFLINE = "offline"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SnapshotRecord:
+    """One snapshot of one instance."""
+
+    instance_id: str
+    generation: int
+    node_id: str
+    state: SnapshotState
+    bytes: int | None
+    created_at: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InstanceRecord:
+    """One instance: what was asked for, what it should be, what it is.
+
+    `generation` counts what was wanted so far. `applied_generation` is the newest that the engine carried out,
+    `settled_generation` the newest whose outcome is known; below `generation` there is work to do. `body` says that
+    volume and container are, or may be, in the stack.
+    """
+
+    id: str
+    node_id: str
+    image_requested: str
+    image: str
+    browser: bool
+    memory_gb: float
+    cpu_cores: int
+    disk_gb: float
+    disk_enforced: bool
+    idle_timeout_minutes: int
+    auto_snapshot: bool
+    created_at: float
+    wanted: Wanted
+    generation: int
+    applied_generation: int
+    settled_generation: int
+    body: bool
+    repair: bool
+    force: bool
+    attempts: int
+    retry_at: float
+    status: Status
+    status_since: float
+    last_active_at: float
+    debug_port: int | None
+    stream_port: int | None
+    disk_bytes: int | None
+    disk_over: bool
+    snapshot_generation: int | None
+    restore_generation: int | None
+    restore_method: str | None
+    restored_by: str | None
+    restore_note: str | None
+    error_code: str | None
+    error_message: str | None
+    error_generation: int | None
+    snapshots: tuple[SnapshotRecord, ...] = ()
+
+    @property
+    def memory_mib(self) -> int:
+        """Return the memory limit in MiB."""
+        return int(self.memory_gb * 1024)
+
+    def snapshot(self, generation: int | None) -> SnapshotRecord | None:
+        """Return the snapshot of that generation, or None."""
+        return next((s for s in self.snapshots if s.generation == generation), None)
+
+    @property
+    def sleeps_safely(self) -> bool:
+        """Say whether the snapshot of the dormancy that is wanted now is verified."""
+        taken = self.snapshot(self.snapshot_generation)
+        return self.wanted is Wanted.DORMANT and taken is not None and taken.state is SnapshotState.VERIFIED
+
+    @property
+    def operation(self) -> str | None:
+        """Name the operation under way, for people; None when there is none."""
+        if self.settled_generation >= self.generation:
+            return None
+        if self.wanted is Wanted.ABSENT:
+            return "deleting"
+        if self.wanted is Wanted.DORMANT:
+            return "making_dormant"
+        if self.repair:
+            return "repairing"
+        return "reviving" if self.restore_generation is not None else "creating"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodeRecord:
+    """One node: what the cluster's file says of it, and what its last heartbeat said."""
+
+    id: str
+    host: str
+    address: str
+    max_instances: int
+    status: NodeStatus
+    error: str | None
+    misses: int
+    last_heartbeat: float | None
+    cpu_cores: float | None
+    memory_bytes: int | None
+    disk_bytes: int | None
+    disk_quota: bool
+    cpu_percent: float | None
+    memory_percent: float | None
+    disk_percent: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EventRecord:
+    """Something that happened, for people."""
+
+    id: int
+    at: float
+    instance_id: str | None
+    node_id: str | None
+    kind: str
+    message: str

@@ -1,0 +1,138 @@
+"""The ledger's tables, as SQLAlchemy knows them; migrations/ makes the same on disk, and a test compares the two.
+
+Times are seconds since the epoch (UTC), as floats.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import Boolean, Column, Float, ForeignKey, Index, Integer, MetaData, String, Table, Text
+
+metadata = MetaData()
+
+facts = Table(
+    "facts",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("value", Text, nullable=False),
+)
+
+instances = Table(
+    "instances",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("node_id", String(64), nullable=False, index=True),
+    # What was asked for.
+    Column("image_requested", Text, nullable=False),
+    Column("image", Text, nullable=False),
+    Column("browser", Boolean, nullable=False),
+    Column("memory_gb", Float, nullable=False),
+    Column("cpu_cores", Integer, nullable=False),
+    Column("disk_gb", Float, nullable=False),
+    Column("disk_enforced", Boolean, nullable=False),
+    Column("idle_timeout_minutes", Integer, nullable=False),
+    Column("auto_snapshot", Boolean, nullable=False),
+    Column("created_at", Float, nullable=False, index=True),
+    # What it should be, and how far that is done.
+    Column("wanted", String(16), nullable=False),
+    Column("generation", Integer, nullable=False),
+    Column("applied_generation", Integer, nullable=False),
+    Column("settled_generation", Integer, nullable=False),
+    Column("body", Boolean, nullable=False),
+    Column("repair", Boolean, nullable=False),
+    Column("force", Boolean, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("retry_at", Float, nullable=False),
+    # What it is.
+    Column("status", String(16), nullable=False),
+    Column("status_since", Float, nullable=False),
+    Column("last_active_at", Float, nullable=False),
+    Column("debug_port", Integer),
+    Column("stream_port", Integer),
+    Column("disk_bytes", Integer),
+    Column("disk_over", Boolean, nullable=False),
+    # Its snapshots.
+    Column("snapshot_generation", Integer),
+    Column("restore_generation", Integer),
+    Column("restore_method", String(32)),
+    Column("restored_by", String(32)),
+    Column("restore_note", Text),
+    # What went wrong last.
+    Column("error_code", String(64)),
+    Column("error_message", Text),
+    Column("error_generation", Integer),
+)
+
+snapshots = Table(
+    "snapshots",
+    metadata,
+    Column("instance_id", String(64), ForeignKey("instances.id", ondelete="CASCADE"), primary_key=True),
+    Column("generation", Integer, primary_key=True),
+    Column("node_id", String(64), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("bytes", Integer),
+    Column("created_at", Float, nullable=False),
+)
+
+ports = Table(
+    "ports",
+    metadata,
+    Column("node_id", String(64), primary_key=True),
+    Column("port", Integer, primary_key=True),
+    Column("instance_id", String(64), ForeignKey("instances.id", ondelete="CASCADE"), nullable=False, index=True),
+)
+
+nodes = Table(
+    "nodes",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("host", Text, nullable=False),
+    Column("address", Text, nullable=False),
+    Column("max_instances", Integer, nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("error", Text),
+    Column("misses", Integer, nullable=False),
+    Column("last_heartbeat", Float),
+    Column("cpu_cores", Float),
+    Column("memory_bytes", Integer),
+    Column("disk_bytes", Integer),
+    Column("disk_quota", Boolean, nullable=False),
+    Column("cpu_percent", Float),
+    Column("memory_percent", Float),
+    Column("disk_percent", Float),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("at", Float, nullable=False),
+    Column("instance_id", String(64), index=True),
+    Column("node_id", String(64)),
+    Column("kind", String(64), nullable=False),
+    Column("message", Text, nullable=False),
+)
+
+samples = Table(
+    "samples",
+    metadata,
+    Column("scope", String(16), primary_key=True),
+    Column("subject", String(64), primary_key=True),
+    Column("resolution_s", Integer, primary_key=True),
+    Column("at", Float, primary_key=True),
+    Column("node_id", String(64), nullable=False),
+    Column("count", Integer, nullable=False),
+    Column("cpu_percent", Float, nullable=False),
+    Column("memory_percent", Float, nullable=False),
+    Column("disk_percent", Float, nullable=False),
+)
+Index("ix_samples_resolution_at", samples.c.resolution_s, samples.c.at)
+
+leftovers = Table(
+    "leftovers",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("node_id", String(64), nullable=False, index=True),
+    Column("urn", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("at", Float, nullable=False),
+)

@@ -1,0 +1,310 @@
+"""What may be done to an instance, and what the ledger then says: pure functions from a record to an `Update`.
+
+Three groups: wishes (a caller, or the idle timeout, wants something: a new generation), outcomes (the converger tells
+what became of it), and observations (health and idleness). All go through the one table in states.py.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from provisioner.errors import Conflict, MachineuseError
+from provisioner.ledger.instances import Update
+from provisioner.ledger.records import InstanceRecord, SnapshotRecord, SnapshotState
+from provisioner.states import Event, Status, Wanted, next_status
+
+# ---- wishes
+
+
+def wish_dormant(record: InstanceRecord, *, reason: str) -> Update | None:
+    """Want the instance dormant; None when that is under way already. Raises Conflict."""
+    if record.wanted is Wanted.ABSENT:
+        raise Conflict(f"Instance {record.id} is being deleted.")
+    if record.wanted is Wanted.DORMANT and record.settled_generation < record.generation:
+        return None
+    if record.settled_generation < record.generation:
+        raise Conflict(
+            f"Instance {record.id} is {record.status.value}: it can be made dormant once it runs.",
+            resolution="Wait until its status is running.",
+        )
+    if record.status not in (Status.RUNNING, Status.IDLE):
+        raise Conflict(
+            f"Instance {record.id} is {record.status.value}, and only a running or idle one can be made dormant."
+        )
+    generation = record.generation + 1
+    snapshot = SnapshotRecord(
+        instance_id=record.id,
+        generation=generation,
+        node_id=record.node_id,
+        state=SnapshotState.PENDING,
+        bytes=None,
+        created_at=time.time(),
+    )
+    return Update(
+        values=_new_wish(record, wanted=Wanted.DORMANT, event=Event.SLEEP) | {"snapshot_generation": generation},
+        put_snapshots=(snapshot,),
+        event=("dormant", reason),
+    )
+
+
+def check_revivable(record: InstanceRecord) -> None:
+    """Raise Conflict unless the instance is dormant, with nothing under way, and has a snapshot."""
+    if record.wanted is Wanted.ABSENT:
+        raise Conflict(f"Instance {record.id} is being deleted.")
+    if record.wanted is Wanted.DORMANT and record.settled_generation < record.generation:
+        raise Conflict(
+            f"Instance {record.id} is being made dormant.",
+            resolution="Wait until its status is dormant, then revive it.",
+        )
+    if record.status is not Status.DORMANT:
+        raise Conflict(f"Instance {record.id} is {record.status.value}, and only a dormant one can be revived.")
+    if not record.sleeps_safely:
+        raise Conflict(f"Instance {record.id} has no snapshot to restore.")
+
+
+def wish_revived(record: InstanceRecord, *, method: str, node_id: str, ports: tuple[int, ...]) -> Update:
+    """Want a dormant instance back, on that node and those ports (debug and stream, where it has them)."""
+    check_revivable(record)
+    debug_port, stream_port = ports if record.browser else (None, None)
+    return Update(
+        values=_new_wish(record, wanted=Wanted.RUNNING, event=Event.REVIVE)
+        | {
+            "restore_generation": record.snapshot_generation,
+            "restore_method": method,
+            "restored_by": None,
+            "restore_note": None,
+            "node_id": node_id,
+            "debug_port": debug_port,
+            "stream_port": stream_port,
+            "body": True,
+        },
+        take_ports=ports,
+        event=("revive", f"to be restored by {method} on node {node_id}"),
+    )
+
+
+def wish_absent(record: InstanceRecord, *, force: bool) -> Update | None:
+    """Want the instance gone, whatever is under way; None when that changes nothing."""
+    if record.wanted is Wanted.ABSENT and (record.force or not force):
+        return None
+    message = "to be deleted at once" if force else "to be deleted"
+    return Update(
+        values=_new_wish(record, wanted=Wanted.ABSENT, event=Event.DELETE) | {"force": force},
+        event=("delete", message),
+    )
+
+
+def wish_repaired(record: InstanceRecord, *, reason: str) -> Update | None:
+    """Want a lost container made again (its volume is kept); None when something is under way anyway."""
+    if record.wanted is not Wanted.RUNNING or record.settled_generation < record.generation:
+        return None
+    if record.status not in (Status.RUNNING, Status.IDLE):
+        return None
+    return Update(
+        values=_new_wish(record, wanted=Wanted.RUNNING, event=Event.LOST) | {"repair": True},
+        event=("lost", reason),
+    )
+
+
+def _new_wish(record: InstanceRecord, *, wanted: Wanted, event: Event) -> dict[str, Any]:
+    return {
+        "wanted": wanted,
+        "generation": record.generation + 1,
+        "attempts": 0,
+        "retry_at": 0.0,
+        "repair": False,
+        "error_code": None,
+        "error_message": None,
+        "error_generation": None,
+    } | _become(record, event)
+
+
+def _become(record: InstanceRecord, event: Event) -> dict[str, Any]:
+    status = next_status(record.status, event)
+    if status is record.status:
+        return {}
+    return {"status": status, "status_since": time.time()}
+
+
+# ---- outcomes
+
+
+def note_created(
+    record: InstanceRecord, *, generation: int, restored_by: str | None, restore_note: str | None
+) -> Update | None:
+    """The engine made volume and container; whether its browser answers is still open."""
+    if record.generation != generation:
+        return None
+    return Update(
+        values={
+            "applied_generation": generation,
+            "body": True,
+            "restored_by": restored_by or record.restored_by,
+            "restore_note": restore_note or record.restore_note,
+        },
+        event=("restored", f"restored by {restored_by}" + (f": {restore_note}" if restore_note else ""))
+        if restored_by
+        else ("created", "its container has started"),
+    )
+
+
+def note_ready(record: InstanceRecord, *, generation: int) -> Update | None:
+    """Its browser answers (or, without one, its container runs)."""
+    if record.generation != generation or record.wanted is not Wanted.RUNNING:
+        return None
+    return Update(
+        values={"settled_generation": generation, "repair": False, "attempts": 0, "last_active_at": time.time()}
+        | _become(record, Event.READY),
+        event=("ready", "it can be used"),
+    )
+
+
+def note_snapshot(record: InstanceRecord, *, generation: int, size_bytes: int, keep: int) -> Update | None:
+    """The snapshot of that generation is verified; older ones beyond `keep` expire."""
+    taken = record.snapshot(generation)
+    if taken is None or record.wanted is Wanted.ABSENT:
+        return None
+    verified = SnapshotRecord(
+        instance_id=record.id,
+        generation=generation,
+        node_id=taken.node_id,
+        state=SnapshotState.VERIFIED,
+        bytes=size_bytes,
+        created_at=taken.created_at,
+    )
+    older = sorted((s for s in record.snapshots if s.generation < generation), key=lambda s: -s.generation)
+    expiring = tuple(
+        SnapshotRecord(
+            instance_id=s.instance_id,
+            generation=s.generation,
+            node_id=s.node_id,
+            state=SnapshotState.EXPIRING,
+            bytes=s.bytes,
+            created_at=s.created_at,
+        )
+        for s in older[keep - 1 :]
+    )
+    return Update(
+        put_snapshots=(verified, *expiring),
+        event=("snapshot", f"snapshot {generation} is verified ({size_bytes} bytes)"),
+    )
+
+
+def note_dormant(record: InstanceRecord, *, generation: int) -> Update | None:
+    """Container and volume are gone; the verified snapshot is all there is, and all that is needed."""
+    if record.generation != generation or record.wanted is not Wanted.DORMANT:
+        return None
+    return Update(
+        values={
+            "applied_generation": generation,
+            "settled_generation": generation,
+            "body": False,
+            "restore_generation": None,
+            "restore_method": None,
+            "debug_port": None,
+            "stream_port": None,
+            "attempts": 0,
+        }
+        | _become(record, Event.SLEPT),
+        drop_snapshots=tuple(s.generation for s in record.snapshots if s.state is SnapshotState.EXPIRING),
+        release_ports=True,
+        event=("slept", "it is dormant"),
+    )
+
+
+def note_sleep_failed(record: InstanceRecord, *, generation: int, error: MachineuseError) -> Update | None:
+    """No snapshot: want it running again, with the error on it."""
+    if record.generation != generation or record.wanted is not Wanted.DORMANT:
+        return None
+    new = generation + 1
+    return Update(
+        values={
+            "wanted": Wanted.RUNNING,
+            "generation": new,
+            "applied_generation": new,
+            "snapshot_generation": None,
+            "attempts": 0,
+            "repair": False,
+            "error_code": error.code,
+            "error_message": error.explain(),
+            "error_generation": generation,
+        }
+        | {"status": Status.RUNNING, "status_since": time.time(), "last_active_at": time.time()},
+        drop_snapshots=(generation,),
+        event=("sleep_failed", error.explain()),
+    )
+
+
+def note_revive_failed(record: InstanceRecord, *, generation: int, error: MachineuseError) -> Update | None:
+    """Could not be restored: dormant again, snapshot kept; what was made of its body is taken away again."""
+    if record.generation != generation or record.restore_generation is None:
+        return None
+    return Update(
+        values={
+            "wanted": Wanted.DORMANT,
+            "generation": generation + 1,
+            "snapshot_generation": record.restore_generation,
+            "attempts": 0,
+            "error_code": error.code,
+            "error_message": error.explain(),
+            "error_generation": generation,
+        }
+        | _become(record, Event.REVIVE_FAILED),
+        event=("revive_failed", error.explain()),
+    )
+
+
+def note_failed(record: InstanceRecord, *, generation: int, error: MachineuseError) -> Update | None:
+    """Given up: it stays as it is, failed, until it is deleted."""
+    if record.generation != generation or record.wanted is Wanted.ABSENT:
+        return None
+    return Update(
+        values={
+            "applied_generation": generation,
+            "settled_generation": generation,
+            "error_code": error.code,
+            "error_message": error.explain(),
+            "error_generation": generation,
+        }
+        | _become(record, Event.FAIL),
+        event=("failed", error.explain()),
+    )
+
+
+def note_retry(record: InstanceRecord, *, generation: int, error: MachineuseError, delay_s: float) -> Update | None:
+    """It did not work yet; try again later."""
+    if record.generation != generation:
+        return None
+    return Update(
+        values={
+            "attempts": record.attempts + 1,
+            "retry_at": time.time() + delay_s,
+            "error_code": error.code,
+            "error_message": error.explain(),
+        },
+        event=("retry", f"{error.explain()} Trying again in {delay_s:.0f} s."),
+    )
+
+
+def note_gone(_record: InstanceRecord) -> Update:
+    """Everything of it is deleted."""
+    return Update(remove=True, event=("deleted", "it is deleted"))
+
+
+# ---- observations
+
+
+def observe_activity(record: InstanceRecord, *, last_active_at: float, idle_after_s: float) -> Update | None:
+    """Set idle or running by when it was last used; None when nothing changes worth a write."""
+    if record.status not in (Status.RUNNING, Status.IDLE) or record.settled_generation < record.generation:
+        return None
+    last = max(last_active_at, record.last_active_at)
+    quiet = time.time() - last >= idle_after_s
+    change = _become(record, Event.QUIET if quiet else Event.ACTIVE)
+    if change:
+        return Update(
+            values=change | {"last_active_at": last},
+            event=("idle", "nobody uses it") if quiet else ("active", "it is used again"),
+        )
+    return Update(values={"last_active_at": last}) if last > record.last_active_at + 1 else None
