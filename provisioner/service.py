@@ -1,0 +1,231 @@
+"""What callers may ask of instances: each verb writes a wish into the ledger and wakes the converger.
+
+Everything that can be refused is refused here, at once, from the ledger: nothing waits for an update to be told no.
+Nothing here changes anything on a node. `outcome` waits for what becomes of a wish.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from provisioner import lifecycle
+from provisioner.changes import RECHECK_S, Changes
+from provisioner.errors import Conflict, MachineuseError, NotFound, SnapshotCorrupt, SnapshotFailed, SnapshotMissing
+from provisioner.images import ImageCatalogue, ResolvedImage
+from provisioner.ledger import Ledger
+from provisioner.ledger.instances import LoadReader, Update
+from provisioner.ledger.records import InstanceRecord, NodeStatus
+from provisioner.placement import Need, Overcommit, Place, choose_place
+from provisioner.settings import Settings
+from provisioner.states import Status, Wanted
+from stacks.spec import ClusterSpec, NodeSpec
+
+_ID_ALPHABET = "23456789abcdefghjkmnpqrstuvwxyz"  # no letters that look like others
+QUICK_START = "quick_start"
+FULL_RESTORE = "full_restore"
+
+_RAISED_FROM_RECORD: dict[str, type[MachineuseError]] = {
+    error.code: error for error in (SnapshotFailed, SnapshotCorrupt, SnapshotMissing)
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CreateRequest:
+    """A new instance, as a caller asks for it."""
+
+    image: str
+    memory_gb: float
+    cpu_cores: int
+    disk_gb: float
+    idle_timeout_minutes: int
+    auto_snapshot: bool
+    node_preference: str | None = None
+
+
+def port_is_free(node: NodeSpec, port: int) -> bool:
+    """Say whether nothing on this machine holds the port; a node elsewhere is taken at the ledger's word."""
+    if not node.host.startswith("unix://"):
+        return True
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((node.bind_ip, port))
+        except OSError:
+            return False
+    return True
+
+
+class InstanceService:
+    """The verbs."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        *,
+        cluster: ClusterSpec,
+        settings: Settings,
+        catalogue: ImageCatalogue,
+        changes: Changes,
+        port_free: Callable[[NodeSpec, int], bool] = port_is_free,
+    ) -> None:
+        self._ledger = ledger
+        self._cluster = cluster
+        self._settings = settings
+        self._catalogue = catalogue
+        self._changes = changes
+        self._port_free = port_free
+
+    def create(self, request: CreateRequest) -> InstanceRecord:
+        """Want a new instance. Raises InvalidRequest (image, node, size) and NoCapacity."""
+        nodes = self._ledger.nodes.list()
+        online = {record.id for record in nodes if record.status is NodeStatus.ONLINE}
+        preferred = sorted(
+            self._cluster.nodes, key=lambda node: (node.id not in online, node.id != request.node_preference)
+        )
+        image = self._catalogue.resolve(request.image, nodes=preferred)
+
+        def draft(loads: LoadReader) -> tuple[InstanceRecord, str]:
+            need = Need(
+                memory_gb=request.memory_gb,
+                cpu_cores=request.cpu_cores,
+                ports=2 if image.browser else 0,
+                node_preference=request.node_preference,
+            )
+            return self._draft(request, image=image, place=self._place(need, loads=loads))
+
+        return self._woken(self._ledger.instances.create(draft))
+
+    def make_dormant(self, instance_id: str, *, reason: str = "asked for by a caller") -> InstanceRecord:
+        """Want the instance dormant. Raises NotFound and Conflict."""
+        return self._wish(instance_id, lambda record, _: lifecycle.wish_dormant(record, reason=reason))
+
+    def revive(self, instance_id: str, *, method: str) -> InstanceRecord:
+        """Want a dormant instance back. Raises NotFound, Conflict and NoCapacity."""
+
+        def decide(record: InstanceRecord, loads: LoadReader) -> Update | None:
+            if record.wanted is Wanted.RUNNING and record.status is Status.CREATING and record.restore_generation:
+                return None  # being revived already: this caller waits for the same outcome
+            lifecycle.check_revivable(record)
+            need = Need(
+                memory_gb=record.memory_gb,
+                cpu_cores=record.cpu_cores,
+                ports=2 if record.browser else 0,
+                node_preference=record.node_id,
+            )
+            place = self._place(need, loads=loads)
+            return lifecycle.wish_revived(record, method=method, node_id=place.node.id, ports=place.ports)
+
+        return self._wish(instance_id, decide)
+
+    def delete(self, instance_id: str, *, force: bool) -> InstanceRecord:
+        """Want the instance gone, with its snapshots. Raises NotFound."""
+        return self._wish(instance_id, lambda record, _: lifecycle.wish_absent(record, force=force))
+
+    async def outcome(self, wished: InstanceRecord, *, timeout_s: float) -> InstanceRecord | None:
+        """Wait for what became of a wish: the instance as it then is, or None when it is gone.
+
+        After `timeout_s` returns the instance as it is by then, its operation under way. Raises the error that ended
+        the wish, where the instance goes on without it (snapshot failed, archive corrupt), and Conflict when another
+        wish took its place.
+        """
+        deadline = time.monotonic() + timeout_s
+        with self._changes.subscribe(wished.id) as changed:
+            while True:
+                record = await asyncio.to_thread(self._ledger.instances.find, wished.id)
+                if record is None:
+                    if wished.wanted is Wanted.ABSENT:
+                        return None
+                    raise NotFound(f"Instance {wished.id} was deleted meanwhile.")
+                _raise_outcome(record, wished=wished)
+                remaining_s = deadline - time.monotonic()
+                if record.settled_generation >= wished.generation or remaining_s <= 0:
+                    return record
+                try:
+                    await asyncio.wait_for(changed.wait(), min(remaining_s, RECHECK_S))
+                except TimeoutError:
+                    continue
+                changed.clear()
+
+    def _wish(self, instance_id: str, decide: Callable[[InstanceRecord, LoadReader], Update | None]) -> InstanceRecord:
+        record = self._ledger.instances.change(instance_id, decide)
+        if record is None:
+            raise NotFound(f"There is no instance '{instance_id}'.")
+        return self._woken(record)
+
+    def _woken(self, record: InstanceRecord) -> InstanceRecord:
+        self._changes.notify(record.id)
+        self._changes.work.set()
+        return record
+
+    def _place(self, need: Need, *, loads: LoadReader) -> Place:
+        return choose_place(
+            need,
+            cluster=self._cluster,
+            nodes=self._ledger.nodes.list(),
+            loads=loads(),
+            overcommit=Overcommit(memory=self._settings.memory_overcommit, cpu=self._settings.cpu_overcommit),
+            port_free=self._port_free,
+        )
+
+    def _draft(self, request: CreateRequest, *, image: ResolvedImage, place: Place) -> tuple[InstanceRecord, str]:
+        now = time.time()
+        debug_port, stream_port = place.ports if image.browser else (None, None)
+        node = self._ledger.nodes.get(place.node.id)
+        record = InstanceRecord(
+            id="mu-" + "".join(secrets.choice(_ID_ALPHABET) for _ in range(8)),
+            node_id=place.node.id,
+            image_requested=request.image,
+            image=image.image,
+            browser=image.browser,
+            memory_gb=request.memory_gb,
+            cpu_cores=request.cpu_cores,
+            disk_gb=request.disk_gb,
+            disk_enforced=node.disk_quota,
+            idle_timeout_minutes=request.idle_timeout_minutes,
+            auto_snapshot=request.auto_snapshot,
+            created_at=now,
+            wanted=Wanted.RUNNING,
+            generation=1,
+            applied_generation=0,
+            settled_generation=0,
+            body=True,
+            repair=False,
+            force=False,
+            attempts=0,
+            retry_at=0.0,
+            status=Status.CREATING,
+            status_since=now,
+            last_active_at=now,
+            debug_port=debug_port,
+            stream_port=stream_port,
+            disk_bytes=None,
+            disk_over=False,
+            snapshot_generation=None,
+            restore_generation=None,
+            restore_method=None,
+            restored_by=None,
+            restore_note=None,
+            error_code=None,
+            error_message=None,
+            error_generation=None,
+        )
+        runs = image.image if image.image == image.requested else f"{image.image} for '{image.requested}'"
+        base = f" (built on {image.base})" if image.base else ""
+        return record, f"to run {runs}{base} on node {place.node.id}"
+
+
+def _raise_outcome(record: InstanceRecord, *, wished: InstanceRecord) -> None:
+    """Raise what ended the wish, if something did and the instance goes on without it."""
+    if record.error_generation == wished.generation and record.error_code in _RAISED_FROM_RECORD:
+        raise _RAISED_FROM_RECORD[record.error_code](record.error_message or "It failed.")
+    if record.error_generation == wished.generation and wished.wanted is Wanted.DORMANT:
+        raise SnapshotFailed(record.error_message or "The snapshot failed.")
+    if record.error_generation == wished.generation and wished.restore_generation is not None:
+        raise Conflict(record.error_message or "It could not be revived.")
+    if record.wanted is Wanted.ABSENT and wished.wanted is not Wanted.ABSENT:
+        raise Conflict(f"Instance {record.id} is being deleted.")
