@@ -17,6 +17,7 @@ DEFAULT_IMAGE = "ubuntu:22.04"
 BROWSER_IMAGE = "machineuse/browser:latest"
 CDP_PORT = 9222
 STREAM_PORT = 6080
+HOME_PATH = "/home/machine"
 LABEL_PREFIX = "machineuse."
 SECCOMP_PROFILE = Path(__file__).resolve().parent.parent / "images" / "browser" / "seccomp.json"
 

@@ -1,0 +1,275 @@
+"""Moves instances to what is wanted: gathers everything unsettled, runs one update, records what became of it.
+
+Level-triggered: what is wanted and not yet so is work, whoever wished it and however often this process was killed.
+Wishes that come while an update runs share the next one. Per instance the steps are
+
+    wanted running   CREATE                    then readiness (health.py) settles it
+    wanted dormant   SNAPSHOT, then SHED       SHED (delete container and volume) only of what is snapshotted, verified
+                                               and recorded; never in the same update
+    wanted absent    DELETE
+
+Each is idempotent: after a crash at any point the same step is found again and run again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Protocol
+
+import structlog
+
+from provisioner import lifecycle
+from provisioner.changes import Changes
+from provisioner.engine import Program, UpdateResult
+from provisioner.errors import EngineError, MachineuseError, PortTaken, SnapshotFailed
+from provisioner.ledger import Ledger
+from provisioner.ledger.instances import LoadReader, Update
+from provisioner.ledger.records import InstanceRecord, SnapshotState
+from provisioner.outcomes import PERMANENT, error_of
+from provisioner.settings import Settings
+from provisioner.specs import all_urns, body_urns, specs_of
+from provisioner.states import Wanted
+from stacks.cluster import declare
+from stacks.names import Names, if_there
+from stacks.spec import ClusterSpec
+
+log = structlog.get_logger(__name__)
+
+BATCH = 200
+"""Instances in one update at most: bounds the command line, and the wait of whoever comes next."""
+GATHER_S = 0.01
+"""How long the first wish of a batch waits for company."""
+MAX_RETRY_S = 60.0
+
+
+class Step(Enum):
+    """What the next update does about an instance."""
+
+    CREATE = auto()
+    SNAPSHOT = auto()
+    SHED = auto()
+    DELETE = auto()
+
+
+class UpdateRunner(Protocol):
+    """What the converger needs of an engine."""
+
+    def update(self, program: Program, *, targets: Sequence[str] = (), refresh: bool = False) -> UpdateResult:
+        """Run one update."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """One instance's part in an update."""
+
+    record: InstanceRecord
+    step: Step
+    targets: tuple[str, ...]
+
+
+def plan(record: InstanceRecord, *, names: Names) -> Work | None:
+    """Return what the next update should do about this instance; None when it is not the engine's turn."""
+    component = names.component_urn(record.id)
+    if record.settled_generation >= record.generation:
+        return None
+    if record.wanted is Wanted.ABSENT:
+        return Work(record=record, step=Step.DELETE, targets=_if_there(all_urns(record, names=names)))
+    if record.wanted is Wanted.RUNNING:
+        if record.applied_generation >= record.generation:
+            return None  # readiness is awaited
+        return Work(record=record, step=Step.CREATE, targets=(component, *body_urns(record, names=names)))
+    if not record.sleeps_safely:
+        taken = record.snapshot_generation or record.generation
+        return Work(record=record, step=Step.SNAPSHOT, targets=(names.snapshot_urn(record.id, taken),))
+    expiring = [
+        names.snapshot_urn(record.id, s.generation) for s in record.snapshots if s.state is SnapshotState.EXPIRING
+    ]
+    return Work(record=record, step=Step.SHED, targets=_if_there([*body_urns(record, names=names), *expiring]))
+
+
+def _if_there(urns: Sequence[str]) -> tuple[str, ...]:
+    return tuple(if_there(urn) for urn in urns)
+
+
+class Converger:
+    """One cluster's converger; run by one thread."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        *,
+        cluster: ClusterSpec,
+        settings: Settings,
+        engine: UpdateRunner,
+        changes: Changes,
+        await_ready: Callable[[InstanceRecord], None],
+    ) -> None:
+        self._ledger = ledger
+        self._cluster = cluster
+        self._settings = settings
+        self._engine = engine
+        self._changes = changes
+        self._await_ready = await_ready
+        self._names = Names(cluster.name)
+        self.updates = 0
+        """How many updates ran."""
+
+    def step(self) -> float | None:
+        """Run one update of what is due; return in how many seconds something is due again, None when nothing is."""
+        now = time.time()
+        planned = [work for record in self._ledger.instances.unsettled() if (work := plan(record, names=self._names))]
+        due = [work for work in planned if work.record.retry_at <= now][:BATCH]
+        if due:
+            # A repair looks at the real container first, which would slow the others down: those go ahead.
+            plain = [work for work in due if not work.record.repair]
+            self._run(plain or due, refresh=not plain)
+            return 0.0
+        return max(min(work.record.retry_at for work in planned) - now, 0.0) if planned else None
+
+    def _run(self, batch: Sequence[Work], *, refresh: bool) -> None:
+        specs = specs_of(work.record for work in batch)
+
+        async def program() -> None:
+            await declare(self._cluster, ledger_id=self._ledger.id, instances=specs, claim=False)
+
+        targets = [urn for work in batch for urn in work.targets]
+        self.updates += 1
+        try:
+            result = self._engine.update(program, targets=targets, refresh=refresh)
+        except EngineError as error:
+            log.error("update failed", error=error.message, detail=error.detail, instances=len(batch))
+            for work in batch:
+                self._retry(work, error)
+            return
+        log.info(
+            "update done",
+            steps=_count(batch),
+            failed=len(result.errors) or None,
+            duration_s=round(result.duration_s, 2),
+        )
+        for work in batch:
+            self._record(work, result)
+
+    def _record(self, work: Work, result: UpdateResult) -> None:
+        error = _find_error(work, result, names=self._names)
+        if error is not None:
+            log.warning(
+                "step failed",
+                instance=work.record.id,
+                step=work.step.name.lower(),
+                code=error.code,
+                error=error.message,
+                detail=error.detail,
+            )
+            self._record_failure(work, error)
+            return
+        record, generation = work.record, work.record.generation
+        if work.step is Step.CREATE:
+            restored = result.outputs.get(self._names.restore_urn(record.id), {}) if record.restore_generation else {}
+            now = self._change(
+                record,
+                lambda r: lifecycle.note_created(
+                    r,
+                    generation=generation,
+                    restored_by=None if record.repair else restored.get("methodUsed"),
+                    restore_note=restored.get("fallbackReason") or None,
+                ),
+            )
+            if now is not None:
+                self._await_ready(now)
+        elif work.step is Step.SNAPSHOT:
+            outputs = result.outputs[work.targets[0]]
+            self._change(
+                record,
+                lambda r: lifecycle.note_snapshot(
+                    r,
+                    generation=record.snapshot_generation or generation,
+                    size_bytes=int(outputs.get("bytes") or 0),
+                    keep=self._settings.snapshot_keep,
+                ),
+            )
+        elif work.step is Step.SHED:
+            self._change(record, lambda r: lifecycle.note_dormant(r, generation=generation))
+        else:
+            self._change(record, lifecycle.note_gone)
+
+    def _record_failure(self, work: Work, error: MachineuseError) -> None:
+        record, generation = work.record, work.record.generation
+        if work.step is Step.SNAPSHOT:
+            failed = (
+                error if isinstance(error, SnapshotFailed) else SnapshotFailed(error.explain(), detail=error.detail)
+            )
+            now = self._change(record, lambda r: lifecycle.note_sleep_failed(r, generation=generation, error=failed))
+            if now is not None:
+                self._await_ready(now)
+            return
+        if work.step is not Step.CREATE:
+            self._retry(work, error)  # nothing is lost meanwhile, and giving up would leave a half-deleted instance
+            return
+        if isinstance(error, PortTaken) and record.attempts + 1 < self._settings.create_attempts:
+            self._ledger.instances.change(
+                record.id, lambda r, loads: self._other_ports(r, loads=loads, generation=generation, error=error)
+            )
+        elif not isinstance(error, PERMANENT) and record.attempts + 1 < self._settings.create_attempts:
+            self._retry(work, error)
+        elif record.restore_generation is not None and not record.repair:
+            self._change(record, lambda r: lifecycle.note_revive_failed(r, generation=generation, error=error))
+        else:
+            self._change(record, lambda r: lifecycle.note_failed(r, generation=generation, error=error))
+
+    def _retry(self, work: Work, error: MachineuseError) -> None:
+        delay_s = min(2.0**work.record.attempts, MAX_RETRY_S)
+        self._change(
+            work.record,
+            lambda r: lifecycle.note_retry(r, generation=work.record.generation, error=error, delay_s=delay_s),
+        )
+
+    def _other_ports(
+        self, record: InstanceRecord, *, loads: LoadReader, generation: int, error: MachineuseError
+    ) -> Update | None:
+        """Give the instance other ports: something outside the ledger holds one of those it has."""
+        node = self._cluster.node(record.node_id)
+        if record.generation != generation or node is None or record.debug_port is None or record.stream_port is None:
+            return None
+        taken = next((load.ports for load in loads() if load.node_id == node.id), frozenset())
+        free = [p for p in range(node.ports.last, node.ports.first, -1) if p not in taken][:2]
+        if len(free) < 2:
+            return lifecycle.note_failed(record, generation=generation, error=error)
+        return Update(
+            values={"debug_port": free[0], "stream_port": free[1], "attempts": record.attempts + 1},
+            release_ports=True,
+            take_ports=tuple(free),
+            event=("ports", f"{error.message} It gets ports {free[0]} and {free[1]} instead."),
+        )
+
+    def _change(
+        self, record: InstanceRecord, decide: Callable[[InstanceRecord], Update | None]
+    ) -> InstanceRecord | None:
+        now = self._ledger.instances.change(record.id, lambda r, _: decide(r))
+        self._changes.notify(record.id)
+        return now
+
+
+def _find_error(work: Work, result: UpdateResult, *, names: Names) -> MachineuseError | None:
+    """Return what kept this instance's step from being done; None when it is done."""
+    mine = set(all_urns(work.record, names=names))
+    said = [text for urn, text in result.errors.items() if urn in mine]
+    if said:
+        return error_of(next((text for text in said if text), ""))
+    if work.step is Step.CREATE:
+        done = names.container_urn(work.record.id) in result.outputs
+    elif work.step is Step.SNAPSHOT:
+        done = work.targets[0] in result.outputs
+    else:
+        done = not any(urn == "" for urn in result.errors)
+    return None if done else error_of(next(iter(result.errors.values()), "The engine did not get to it."))
+
+
+def _count(batch: Sequence[Work]) -> Mapping[str, int]:
+    counts: dict[str, int] = {}
+    for work in batch:
+        counts[work.step.name.lower()] = counts.get(work.step.name.lower(), 0) + 1
+    return counts

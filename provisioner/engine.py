@@ -1,0 +1,227 @@
+"""Runs Pulumi updates: the only user of the CLI and of `pulumi.automation`.
+
+One update is one CLI process. The program is not run by a language host but here, by a language server that lives as
+long as the engine object, so nothing has to start but the CLI itself; the CLI finds our plugins attached to this
+process (`PULUMI_DEBUG_PROVIDERS`). What happened is read from the event log that the CLI writes.
+
+State is saved once, at the end of an update. An update that is killed leaves its lock and an unchanged state: the next
+one removes the lock of a process that is gone, and the plugins adopt what was made already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import structlog
+from pulumi.automation._server import LanguageServer
+from pulumi.runtime.proto import language_pb2_grpc
+
+from provisioner.errors import EngineError, StackLocked
+from provisioner.settings import Settings
+from provisioner.toolchain.environment import environment
+from provisioner.toolchain.pulumi_cli import require_pulumi
+from stacks.names import PROJECT
+
+log = structlog.get_logger(__name__)
+
+Program = Callable[[], Awaitable[None]]
+
+LOCK_WAIT_S = 120.0
+"""How long an update waits for somebody else's (an operator's `pulumi up`) to end."""
+
+_LOCKED = "the stack is currently locked"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdateResult:
+    """What became of each resource in one update."""
+
+    outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """URN → outputs, for every resource that was created, changed or found unchanged."""
+    deleted: frozenset[str] = frozenset()
+    errors: dict[str, str] = field(default_factory=dict)
+    """URN → what the plugin or engine said of its failure; "" holds what belongs to no resource."""
+    changed: int = 0
+    duration_s: float = 0.0
+
+
+class Engine:
+    """One stack's engine. One update at a time; callers queue."""
+
+    def __init__(self, settings: Settings, *, debug_providers: str) -> None:
+        self._settings = settings
+        self._stack = settings.cluster
+        self._cli = require_pulumi()
+        self._lock = threading.Lock()
+        self._environment = {
+            **os.environ,
+            **environment(settings),
+            "PULUMI_DEBUG_PROVIDERS": debug_providers,
+            "PULUMI_SKIP_CHECKPOINTS": "true",
+            "PULUMI_EXPERIMENTAL": "true",  # which the setting above needs
+            "PULUMI_DEBUG_COMMANDS": "true",  # which --event-log and --client need
+            "GOGC": "400",  # the CLI lives for a second: memory for time
+        }
+        self._languages = LanguageServer(_no_program)
+        self._server = grpc.server(ThreadPoolExecutor(max_workers=4, thread_name_prefix="language"))
+        language_pb2_grpc.add_LanguageRuntimeServicer_to_server(self._languages, self._server)  # type: ignore[no-untyped-call]
+        self._port = self._server.add_insecure_port("127.0.0.1:0")
+        self._server.start()
+        self._process: subprocess.Popen[str] | None = None
+
+    def close(self) -> None:
+        """Stop the language server, and the CLI if one still runs."""
+        process = self._process
+        if process is not None and process.poll() is None:
+            process.kill()
+        self._server.stop(grace=0)
+
+    def ensure_stack(self) -> bool:
+        """Make passphrase, state and stack where they are missing; return whether the stack is new. Idempotent."""
+        settings = self._settings
+        for directory in (settings.data_dir, settings.state_dir, settings.pulumi_home):
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not settings.passphrase_path.exists():
+            # Written aside and renamed: a crash never leaves half a passphrase.
+            draft = settings.passphrase_path.with_suffix(".new")
+            draft.touch(mode=0o600)
+            draft.write_text(secrets.token_urlsafe(32))
+            draft.rename(settings.passphrase_path)
+        if self._state_file.exists():
+            return False
+        done = self._call(["stack", "init", "--stack", self._stack, "--secrets-provider", "passphrase", "--no-select"])
+        if done.returncode != 0 and "already exists" not in done.stderr:
+            raise EngineError("The Pulumi stack could not be made.", detail=done.stderr.strip())
+        self._call(["stack", "select", self._stack])  # so that a plain `pulumi preview` in the checkout finds it
+        return True
+
+    @property
+    def _state_file(self) -> Path:
+        return self._settings.state_dir / ".pulumi" / "stacks" / PROJECT / f"{self._stack}.json"
+
+    def update(self, program: Program, *, targets: Sequence[str] = (), refresh: bool = False) -> UpdateResult:
+        """Run one update of the stack with `program`, restricted to the `targets` where there are any.
+
+        A resource's failure is in the result and stops no other resource. Raises StackLocked when somebody else's
+        update does not end in time, and EngineError when there was no update at all.
+        """
+        with self._lock:
+            deadline = time.monotonic() + LOCK_WAIT_S
+            while True:
+                try:
+                    return self._update(program, targets=targets, refresh=refresh)
+                except StackLocked:
+                    if self._break_dead_lock():
+                        continue
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.25)
+
+    def _update(self, program: Program, *, targets: Sequence[str], refresh: bool) -> UpdateResult:
+        started = time.monotonic()
+        self._languages.program = program  # type: ignore[assignment]
+        with tempfile.TemporaryDirectory(prefix="machineuse-update-") as directory:
+            events = Path(directory) / "events.json"
+            arguments = ["up", "--yes", "--skip-preview", "--stack", self._stack]
+            arguments += [f"--client=127.0.0.1:{self._port}", "--exec-kind", "auto.inline"]
+            arguments += ["--continue-on-error", "--suppress-progress", "--event-log", str(events)]
+            if refresh:
+                arguments.append("--refresh")
+            for urn in targets:
+                arguments += ["--target", urn]
+            done = self._call(arguments)
+            result = _read_events(events, duration_s=time.monotonic() - started)
+        if _LOCKED in done.stderr:
+            raise StackLocked("Somebody else is updating the stack.", detail=done.stderr.strip())
+        if result is None or (done.returncode != 0 and not result.errors):
+            raise EngineError(
+                "The Pulumi engine failed.",
+                detail=f"exit {done.returncode}: {done.stderr.strip() or done.stdout.strip()}",
+            )
+        log.debug(
+            "update done",
+            targets=len(targets),
+            changed=result.changed,
+            errors=len(result.errors),
+            duration_s=round(result.duration_s, 3),
+        )
+        return result
+
+    def _call(self, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        """Run the CLI to its end. It dies with us: a CLI without its plugins could only do harm."""
+        die_with_us = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
+        command = [*die_with_us, str(self._cli), *arguments, "--non-interactive", "--color", "never"]
+        self._process = subprocess.Popen(
+            command,
+            cwd=self._settings.project_dir,
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for us; we let a running update end
+        )
+        out, err = self._process.communicate()
+        return subprocess.CompletedProcess(command, self._process.returncode, out, err)
+
+    def _break_dead_lock(self) -> bool:
+        """Remove the locks of processes of this machine that are gone; return whether there were any."""
+        broken = False
+        for path in (self._settings.state_dir / ".pulumi" / "locks").rglob("*.json"):
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                owner = json.loads(path.read_text())
+                if owner["hostname"] == socket.gethostname() and not psutil.pid_exists(int(owner["pid"])):
+                    path.unlink(missing_ok=True)
+                    log.warning("removed the lock of an update that was killed", pid=owner["pid"])
+                    broken = True
+        return broken
+
+
+async def _no_program() -> None:
+    raise EngineError("No program was set.")
+
+
+def _read_events(path: Path, *, duration_s: float) -> UpdateResult | None:
+    """Return what the event log tells; None when there was no update."""
+    if not path.exists():
+        return None
+    outputs: dict[str, dict[str, Any]] = {}
+    deleted: set[str] = set()
+    errors: dict[str, str] = {}
+    changed = 0
+    for line in path.read_text().splitlines():
+        event = json.loads(line)
+        if (done := event.get("resOutputsEvent")) is not None:
+            step = done["metadata"]
+            if step["op"] in ("delete", "delete-replaced", "discard"):
+                deleted.add(step["urn"])
+            else:
+                outputs[step["urn"]] = (step.get("new") or {}).get("outputs") or {}
+            changed += step["op"] != "same"
+        elif (failed := event.get("resOpFailedEvent")) is not None:
+            errors.setdefault(failed["metadata"]["urn"], "")
+        elif (said := event.get("diagnosticEvent")) is not None and said.get("severity") == "error":
+            urn = said.get("urn", "")
+            words = said["message"].strip()
+            errors[urn] = f"{errors[urn]}\n{words}" if errors.get(urn) else words
+    if errors.get("") is not None and len(errors) > 1:
+        del errors[""]  # "update failed" once more, without saying of what
+    return UpdateResult(
+        outputs=outputs, deleted=frozenset(deleted), errors=errors, changed=changed, duration_s=duration_s
+    )

@@ -1,0 +1,38 @@
+"""What `pulumi up` and `pulumi preview` run: everything that the cluster's ledger wants.
+
+The one file here that reads the ledger. Without this cluster's own ledger it refuses: that nothing is known must never
+look as if nothing were wanted.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pulumi
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from provisioner.errors import MachineuseError
+from provisioner.ledger import Ledger
+from provisioner.settings import Settings
+from provisioner.specs import specs_of
+from stacks.cluster import declare
+from stacks.spec import ClusterSpec
+
+
+async def main() -> None:
+    """Declare the cluster named like the stack, with all instances of its ledger."""
+    config = pulumi.Config("machineuse")
+    fields = {name: config.get_object(name) for name in ("nodes", "images")}
+    spec = ClusterSpec.model_validate(
+        {"name": pulumi.get_stack(), **{k: v for k, v in fields.items() if v is not None}}
+    )
+    try:
+        ledger = Ledger.open(Settings().ledger_path)
+    except MachineuseError as error:
+        raise pulumi.RunError(error.explain()) from error
+    await declare(spec, ledger_id=ledger.id, instances=specs_of(ledger.instances.all()))
+
+
+pulumi.run(main)

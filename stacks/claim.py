@@ -1,0 +1,19 @@
+"""Says which ledger a stack belongs to.
+
+The first full update records the ledger's id; the plugin refuses every later one that comes with another id.
+"""
+
+from __future__ import annotations
+
+import pulumi
+
+CLAIM_TYPE = "machineuse:index:Claim"
+
+
+class Claim(pulumi.CustomResource):
+    """The stack's tie to one ledger."""
+
+    ledger_id: pulumi.Output[str]
+
+    def __init__(self, resource_name: str, *, ledger_id: str, opts: pulumi.ResourceOptions | None = None) -> None:
+        super().__init__(CLAIM_TYPE, resource_name, {"ledgerId": ledger_id}, opts)

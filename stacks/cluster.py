@@ -1,0 +1,70 @@
+"""The whole program on one screen: nodes first, then instances.
+
+It runs in full (`pulumi up`, `pulumi preview`) and in part: the control plane declares only the instances that change
+and names just their resources as targets, so the time of an update does not grow with the cluster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import pulumi
+import pulumi_docker as docker
+
+from stacks import names
+from stacks.claim import Claim
+from stacks.instance import Instance
+from stacks.names import Names
+from stacks.spec import LABEL_PREFIX, ClusterSpec, InstanceSpec, NodeSpec
+
+WINDOW = 64
+"""Resources whose registration is awaited together: the SDK's bookkeeping is quadratic in what is pending."""
+
+
+async def declare(spec: ClusterSpec, *, ledger_id: str, instances: Sequence[InstanceSpec], claim: bool = True) -> None:
+    """Declare the cluster's nodes and these instances.
+
+    With `claim` the stack is first claimed for the ledger: a stack that belongs to another ledger fails right there,
+    before anything else is registered, so nothing can be taken for unwanted because the wrong ledger does not know it.
+    """
+    if claim:
+        await _registered([Claim("cluster", ledger_id=ledger_id)])
+    providers = {node.id: _declare_node(node, spec=spec, ledger_id=ledger_id) for node in spec.nodes}
+    pending: list[pulumi.Resource] = []
+    for instance in instances:
+        node = spec.node(instance.node_id)
+        if node is None:
+            raise pulumi.RunError(
+                f"Instance {instance.id} is on node '{instance.node_id}', which the cluster's file does not name."
+            )
+        component = Instance(instance, cluster=spec, ledger_id=ledger_id, provider=providers[node.id], node=node)
+        pending += [component, *component.resources]
+        if len(pending) >= WINDOW:
+            await _registered(pending)
+            pending = []
+    await _registered(pending)
+
+
+def _declare_node(node: NodeSpec, *, spec: ClusterSpec, ledger_id: str) -> docker.Provider:
+    provider = docker.Provider(names.provider_name(node.id), host=node.host)
+    name = names.network_name(node.id)
+    labels = {
+        f"{LABEL_PREFIX}cluster": spec.name,
+        f"{LABEL_PREFIX}ledger": ledger_id,
+        f"{LABEL_PREFIX}urn": Names(spec.name).urn(names.NETWORK_TYPE, name),
+    }
+    docker.Network(
+        name,
+        name=Names(spec.name).docker_network(),
+        driver="bridge",
+        # Instances must not reach each other.
+        options={"com.docker.network.bridge.enable_icc": "false"},
+        labels=[docker.NetworkLabelArgs(label=k, value=v) for k, v in labels.items()],
+        opts=pulumi.ResourceOptions(provider=provider),
+    )
+    return provider
+
+
+async def _registered(resources: Iterable[pulumi.Resource]) -> None:
+    for resource in resources:
+        await resource.urn.future()

@@ -1,0 +1,168 @@
+"""One browser instance as a resource.
+
+    running   Instance ─┬─ Volume (home)                    dormant   Instance ─── Snapshot
+                        ├─ Restore (only after a revive)
+                        └─ Container
+
+A snapshot that is being taken stands beside the body it is taken of; it is the only thing left when that body is gone.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+
+import pulumi
+import pulumi_docker as docker
+
+from stacks import names
+from stacks.names import Names
+from stacks.snapshots import Restore, Snapshot
+from stacks.spec import (
+    CDP_PORT,
+    HOME_PATH,
+    LABEL_PREFIX,
+    SECCOMP_PROFILE,
+    STREAM_PORT,
+    ClusterSpec,
+    InstanceSpec,
+    NodeSpec,
+    SnapshotRef,
+)
+
+STOP_TIMEOUT_S = 10
+
+
+@cache
+def read_seccomp_profile() -> str:
+    """Return the profile as Docker's API wants it: the JSON itself, minified."""
+    return json.dumps(json.loads(SECCOMP_PROFILE.read_text()), separators=(",", ":"))
+
+
+class Instance(pulumi.ComponentResource):
+    """An instance: its body (volume and container) where it has one, and its snapshots."""
+
+    def __init__(
+        self,
+        spec: InstanceSpec,
+        *,
+        cluster: ClusterSpec,
+        ledger_id: str,
+        provider: docker.Provider,
+        node: NodeSpec,
+    ) -> None:
+        super().__init__(names.COMPONENT_TYPE, spec.id)
+        self._spec = spec
+        self._cluster = cluster
+        self._ledger_id = ledger_id
+        self._names = Names(cluster.name)
+        self._provider = provider
+        self._node = node
+        self.resources: list[pulumi.CustomResource] = []
+        for ref in spec.snapshots:
+            self.resources.append(self._snapshot(ref))
+        if spec.body:
+            volume = self._volume()
+            image: pulumi.Input[str] = spec.image
+            self.resources.append(volume)
+            if spec.restore is not None:
+                restore = self._restore(volume)
+                image = restore.image
+                self.resources.append(restore)
+            self.resources.append(self._container(volume, image=image))
+
+    def _labels(self, urn: str) -> dict[str, str]:
+        return {
+            f"{LABEL_PREFIX}cluster": self._cluster.name,
+            f"{LABEL_PREFIX}instance": self._spec.id,
+            f"{LABEL_PREFIX}ledger": self._ledger_id,
+            f"{LABEL_PREFIX}urn": urn,
+        }
+
+    def _options(self) -> pulumi.ResourceOptions:
+        return pulumi.ResourceOptions(parent=self, provider=self._provider)
+
+    def _volume(self) -> docker.Volume:
+        labels = self._labels(self._names.volume_urn(self._spec.id))
+        quota = self._spec.disk_quota_gib
+        return docker.Volume(
+            names.volume_name(self._spec.id),
+            name=self._names.docker_volume(self._spec.id),
+            driver_opts={"size": f"{int(quota * 1024)}m"} if quota is not None else None,
+            labels=[docker.VolumeLabelArgs(label=k, value=v) for k, v in labels.items()],
+            opts=self._options(),
+        )
+
+    def _container(self, volume: docker.Volume, *, image: pulumi.Input[str]) -> docker.Container:
+        spec = self._spec
+        labels = self._labels(self._names.container_urn(spec.id)) | {f"{LABEL_PREFIX}pids-limit": str(spec.pids)}
+        published = [
+            docker.ContainerPortArgs(internal=inside, external=outside, ip=self._node.bind_ip)
+            for inside, outside in ((CDP_PORT, spec.debug_port), (STREAM_PORT, spec.stream_port))
+            if outside is not None
+        ]
+        return docker.Container(
+            names.container_name(spec.id),
+            name=self._names.docker_container(spec.id),
+            image=image,
+            memory=spec.memory_mib,
+            memory_swap=spec.memory_mib,
+            cpus=f"{spec.cpus:.1f}",
+            shm_size=spec.shm_mib,
+            ports=published or None,
+            mounts=[docker.ContainerMountArgs(type="volume", source=volume.name, target=HOME_PATH)],
+            network_mode=self._names.docker_network(),
+            capabilities=docker.ContainerCapabilitiesArgs(drops=["ALL"]),
+            security_opts=["no-new-privileges", f"seccomp={read_seccomp_profile()}"],
+            restart="unless-stopped",
+            must_run=True,
+            # An image that is no browser has a shell as its command: a terminal keeps it alive.
+            tty=None if spec.browser else True,
+            stdin_open=None if spec.browser else True,
+            labels=[docker.ContainerLabelArgs(label=k, value=v) for k, v in labels.items()],
+            opts=self._options(),
+        )
+
+    def _snapshot(self, ref: SnapshotRef) -> Snapshot:
+        spec = self._spec
+        return Snapshot(
+            names.snapshot_name(spec.id, ref.generation),
+            cluster=self._cluster.name,
+            ledger_id=self._ledger_id,
+            instance=spec.id,
+            generation=ref.generation,
+            node_id=ref.node_id,
+            docker_host=self._host_of(ref.node_id),
+            container=self._names.docker_container(spec.id),
+            volume=self._names.docker_volume(spec.id),
+            image=spec.image,
+            home_path=HOME_PATH,
+            copy_volume=self._names.docker_copy(spec.id, ref.generation),
+            helper_image=self._cluster.helper_image,
+            stop_timeout_s=STOP_TIMEOUT_S,
+            opts=pulumi.ResourceOptions(parent=self),
+        )
+
+    def _restore(self, volume: docker.Volume) -> Restore:
+        spec = self._spec
+        assert spec.restore is not None
+        ref = spec.restore.snapshot
+        return Restore(
+            names.restore_name(spec.id),
+            cluster=self._cluster.name,
+            ledger_id=self._ledger_id,
+            instance=spec.id,
+            snapshot_generation=ref.generation,
+            method=spec.restore.method,
+            node_id=spec.node_id,
+            docker_host=self._node.host,
+            volume=volume.name,
+            image=spec.image,
+            helper_image=self._cluster.helper_image,
+            copy_volume=self._names.docker_copy(spec.id, ref.generation),
+            opts=pulumi.ResourceOptions(parent=self),
+        )
+
+    def _host_of(self, node_id: str) -> str:
+        node = self._cluster.node(node_id)
+        return node.host if node is not None else self._node.host
