@@ -1,0 +1,392 @@
+"""Moves files in and out of containers, volumes and images: what snapshots need of a Docker engine.
+
+Archives go through the engine's own archive calls, on containers that don't run: a node needs nothing but its Docker
+engine, and no archive is ever in memory as a whole. What has to happen inside a volume (copying it, emptying it) is
+done by a short script in a helper container.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import tarfile
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from datetime import datetime
+from http import HTTPStatus
+from pathlib import PurePosixPath
+from typing import Any
+
+from docker.errors import APIError
+
+from provisioner.docker_hosts.helpers import HELPER_LABEL, helper_container, remove_helpers, run_helper
+from provisioner.docker_hosts.hosts import DockerHost
+from provisioner.errors import DockerError, DockerNotFound
+from provisioner.snapshots.machine import Change, ChangeKind, ContainerFacts, HomeFacts, Volumes
+from provisioner.snapshots.manifest import ImageIdentity
+from provisioner.snapshots.tars import TarScanner
+
+INSTANCE_LABEL = "machineuse.instance"
+
+_MARK = ".machineuse-restored"
+_STAMP = ".complete"
+_CHUNK_BYTES = 1 << 20
+_KILLED = 137
+_NO_COPY = 3
+
+# The number of entries is printed first: it is what the archive of the same directory is compared with.
+_COPY = r"""
+set -eu
+rm -rf "/to/$STAMP_NAME" /to/home
+find /from ! -type s -print0 | tr -dc '\0' | wc -c
+mkdir /to/home
+cp -a /from/. /to/home/
+printf %s "$STAMP" > "/to/$STAMP_NAME"
+"""
+_FILL = r"""
+set -eu
+[ -f "/from/$STAMP_NAME" ] || { echo "The node has no complete copy of the snapshot."; exit 3; }
+[ "$(cat "/from/$STAMP_NAME")" = "$STAMP" ] || { echo "The node's copy is not of this snapshot."; exit 3; }
+find /to -mindepth 1 -delete
+cp -a /from/home/. /to/
+find /to -name 'Singleton*' ! -type d -delete
+printf %s "$MARK" > "/to/$MARK_NAME"
+"""
+_EMPTY = "find /to -mindepth 1 -delete"
+_UNLOCK = 'cd /to && for lock in "$@"; do rm -f -- "$lock"; done'
+
+
+class DockerMachine:
+    """One node's Docker engine, as `provisioner.snapshots.machine.Machine` describes it."""
+
+    def __init__(self, host: DockerHost, *, helper_image: str) -> None:
+        self._host = host
+        self._helper_image = helper_image
+
+    # -- the instance's container ------------------------------------------------------------------------------------
+
+    def inspect_container(self, container: str) -> ContainerFacts:
+        """Return what must be known of a container; raises `DockerNotFound`."""
+        found = self._host.call(f"inspect {container}", self._host.api.inspect_container, container)
+        state = found["State"]
+        return ContainerFacts(
+            running=state["Running"],
+            started_at=_parse_time(state["StartedAt"]),
+            stopped_cleanly=state["ExitCode"] != _KILLED and not state["OOMKilled"],
+            image=ImageIdentity(reference=found["Config"]["Image"], id=found["Image"]),
+            mounts=tuple(mount["Destination"] for mount in found["Mounts"]),
+        )
+
+    def stop_container(self, container: str, *, timeout_s: int) -> None:
+        """Stop a container by its image's stop signal, and kill it after `timeout_s`. Idempotent."""
+        found = self._host.call(f"inspect {container}", self._host.api.inspect_container, container)
+        if found["State"]["Paused"]:
+            self._host.call(f"unpause {container}", self._host.slow_api.unpause, container)
+        self._host.call(f"stop {container}", self._host.slow_api.stop, container, timeout=timeout_s)
+
+    def start_container(self, container: str) -> None:
+        """Start a container. Idempotent."""
+        self._host.call(f"start {container}", self._host.slow_api.start, container)
+
+    @contextmanager
+    def read_path(self, container: str, path: str) -> Iterator[Iterator[bytes]]:
+        """Stream a tar of a path: entries start with its last component. Raises `DockerNotFound`."""
+        what = f"read {path} of {container}"
+        chunks, _ = self._host.call(what, self._host.slow_api.get_archive, container, path, chunk_size=_CHUNK_BYTES)
+        with _closing(self._stream(chunks, what=what)) as stream:
+            yield stream
+
+    @contextmanager
+    def export_container(self, container: str) -> Iterator[Iterator[bytes]]:
+        """Stream a tar of a container's whole root file system, without its volumes."""
+        what = f"export {container}"
+        chunks = self._host.call(what, self._host.slow_api.export, container, chunk_size=_CHUNK_BYTES)
+        with _closing(self._stream(chunks, what=what)) as stream:
+            yield stream
+
+    def list_changes(self, container: str) -> tuple[Change, ...]:
+        """Return what the container changed above its image."""
+        changes = self._host.call(f"list the changes of {container}", self._host.slow_api.diff, container)
+        return tuple(Change(change["Path"], ChangeKind(change["Kind"])) for change in changes or ())
+
+    # -- volumes -----------------------------------------------------------------------------------------------------
+
+    def make_copy(self, volumes: Volumes, *, stamp: str, labels: Mapping[str, str]) -> int:
+        """Copy the home volume to the copy volume, replacing what is in it, and put `stamp` there as the last act.
+
+        Returns how many entries (sockets aside) the home volume has.
+        """
+        self._check_volume(volumes.home)
+        self._host.call(
+            f"create the volume {volumes.copy}", self._host.api.create_volume, volumes.copy, labels=dict(labels)
+        )
+        code, output = self._run(
+            volumes,
+            _COPY,
+            mounts={"/from": volumes.home, "/to": volumes.copy},
+            read_only=("/from",),
+            environment={"STAMP": stamp, "STAMP_NAME": _STAMP},
+        )
+        if code:
+            raise DockerError(f"The volume {volumes.home} could not be copied: {_last_line(output)}", detail=output)
+        return int(output.split()[0])
+
+    def read_stamp(self, copy: str) -> str | None:
+        """Return the stamp of a copy volume, or None when there is no (complete) copy."""
+        try:
+            self._check_volume(copy)
+        except DockerNotFound:
+            return None
+        with self._helper(copy, mounts={"/from": copy}) as helper:
+            return self._read_small(helper, f"/from/{_STAMP}")
+
+    def remove_copy(self, copy: str) -> None:
+        """Remove a copy volume and helpers that still hold it. Idempotent."""
+        remove_helpers(self._host, copy)
+        with contextlib.suppress(DockerNotFound):
+            self._host.call(f"remove the volume {copy}", self._host.slow_api.remove_volume, copy)
+
+    def inspect_home(self, volumes: Volumes) -> HomeFacts:
+        """Look into a home volume; raises `DockerNotFound` when there is none."""
+        self._check_volume(volumes.home)
+        users = self._host.call(
+            f"list the containers of {volumes.home}",
+            self._host.api.containers,
+            all=True,
+            filters={"volume": volumes.home},
+        )
+        used_by = {
+            user["Names"][0].lstrip("/"): user["Labels"].get(INSTANCE_LABEL)
+            for user in users
+            if HELPER_LABEL not in user["Labels"]
+        }
+        with self._helper(volumes.home, mounts={"/to": volumes.home}) as helper:
+            return HomeFacts(mark=self._read_small(helper, f"/to/{_MARK}"), used_by=used_by)
+
+    def fill_home(self, volumes: Volumes, *, stamp: str, mark: str) -> str | None:
+        """Empty the home volume, fill it from the copy volume, remove Chromium's locks, and leave `mark` there last.
+
+        Returns None, or, with the home volume untouched, why the copy can't be used: it is not there, or not the one
+        that bears `stamp`.
+        """
+        self._check_volume(volumes.home)
+        try:
+            self._check_volume(volumes.copy)  # Docker would make a volume that isn't there
+        except DockerNotFound:
+            return "The node has no copy of the snapshot."
+        code, output = self._run(
+            volumes,
+            _FILL,
+            mounts={"/from": volumes.copy, "/to": volumes.home},
+            read_only=("/from",),
+            environment={"STAMP": stamp, "STAMP_NAME": _STAMP, "MARK": mark, "MARK_NAME": _MARK},
+        )
+        if code == _NO_COPY:
+            return _last_line(output)
+        if code:
+            raise DockerError(f"The volume {volumes.copy} could not be copied: {_last_line(output)}", detail=output)
+        return None
+
+    def write_home(self, volumes: Volumes, chunks: Iterator[bytes], *, mark: str, locks: Sequence[str]) -> None:
+        """Empty the home volume, unpack a tar made by `read_path`, remove `locks` (relative to home), leave `mark`."""
+        self._check_volume(volumes.home)
+        name = PurePosixPath(volumes.home_path).name
+        if not self._is_empty(volumes):
+            self._change(volumes, _EMPTY)
+        with self._helper(volumes.home, mounts={f"/to/{name}": volumes.home}) as helper:
+            self._unpack(helper, chunks, what=f"unpack an archive into {volumes.home}")
+            if not locks:
+                self._leave_mark(helper, name, mark)
+        if locks:
+            self._change(volumes, _UNLOCK, *locks)
+            with self._helper(volumes.home, mounts={f"/to/{name}": volumes.home}) as helper:
+                self._leave_mark(helper, name, mark)
+
+    def _is_empty(self, volumes: Volumes) -> bool:
+        with (
+            self._helper(volumes.home, mounts={"/to": volumes.home}) as helper,
+            self.read_path(helper, "/to") as chunks,
+        ):
+            scanner = TarScanner()
+            for chunk in chunks:
+                scanner.feed(chunk)
+                if scanner.entries > 1:  # the first one is the directory itself
+                    return False
+        return True
+
+    def _change(self, volumes: Volumes, script: str, *arguments: str) -> None:
+        code, output = self._run(volumes, script, *arguments, mounts={"/to": volumes.home})
+        if code:
+            raise DockerError(f"The volume {volumes.home} could not be changed: {_last_line(output)}", detail=output)
+
+    def _leave_mark(self, helper: str, name: str, mark: str) -> None:
+        self._unpack(helper, iter([_single(f"{name}/{_MARK}", mark.encode())]), what="mark the home volume")
+
+    def _unpack(self, helper: str, chunks: Iterator[bytes], *, what: str) -> None:
+        self._host.call(what, self._host.slow_api.put_archive, helper, "/to", chunks)
+
+    def _check_volume(self, name: str) -> None:
+        self._host.call(f"inspect the volume {name}", self._host.api.inspect_volume, name)
+
+    def _helper(self, volume: str, *, mounts: Mapping[str, str]) -> AbstractContextManager[str]:
+        return helper_container(self._host, image=self._helper_image, volume=volume, mounts=mounts)
+
+    def _run(self, volumes: Volumes, script: str, *arguments: str, **helper: Any) -> tuple[int, str]:
+        return run_helper(self._host, script, *arguments, image=self._helper_image, volume=volumes.home, **helper)
+
+    # -- images ------------------------------------------------------------------------------------------------------
+
+    def read_image_file(self, image: str, path: str) -> bytes:
+        """Return the content of a small file of an image; raises `DockerNotFound`."""
+        what = f"look into the image {image}"
+        created = self._host.call(
+            what,
+            self._host.slow_api.create_container,
+            image,
+            entrypoint=["true"],
+            labels={HELPER_LABEL: image},
+            network_disabled=True,
+        )
+        try:
+            with self.read_path(created["Id"], path) as chunks:
+                return _only_file(chunks)
+        finally:
+            self._host.call(what, self._host.slow_api.remove_container, created["Id"], force=True)
+
+    def has_image(self, image: str) -> bool:
+        """Say whether the node has an image."""
+        try:
+            self._host.call(f"inspect the image {image}", self._host.api.inspect_image, image)
+        except DockerNotFound:
+            return False
+        return True
+
+    def build_image(
+        self,
+        tag: str,
+        *,
+        base: str,
+        rootfs: Iterator[bytes],
+        rootfs_bytes: int,
+        deleted_paths: Sequence[str],
+    ) -> None:
+        """Build an image from `base`: first without `deleted_paths`, then with the tar `rootfs` laid over it."""
+        what = f"build the image {tag}"
+        found = self._host.call(f"inspect the image {base}", self._host.api.inspect_image, base)
+        user = found["Config"].get("User") or ""
+        context = _build_context(
+            _dockerfile(base, user=user, deletes=bool(deleted_paths)), deleted_paths, rootfs, rootfs_bytes
+        )
+        with self._host.errors(what):
+            lines = self._host.slow_api.build(
+                fileobj=context,  # type: ignore[arg-type]  # sent as it is: requests takes an iterator
+                custom_context=True,
+                tag=tag,
+                rm=True,
+                forcerm=True,
+                network_mode="none",
+                decode=True,
+            )
+            for line in lines:
+                if "error" in line:
+                    raise DockerError(
+                        f"Docker on {self._host.url} could not {what}: {line['error']}", detail=json.dumps(line)
+                    )
+
+    def remove_image(self, tag: str) -> bool:
+        """Untag an image, and remove it when nothing else needs it; False when something uses it. Idempotent."""
+        with self._host.errors(f"remove the image {tag}"):
+            try:
+                self._host.slow_api.remove_image(tag)
+            except APIError as error:
+                if error.status_code == HTTPStatus.CONFLICT:
+                    return False
+                if error.status_code != HTTPStatus.NOT_FOUND:
+                    raise
+        return True
+
+    # -- streams -----------------------------------------------------------------------------------------------------
+
+    def _stream(self, chunks: Iterator[bytes], *, what: str) -> Iterator[bytes]:
+        with self._host.errors(what):
+            yield from chunks
+
+    def _read_small(self, container: str, path: str) -> str | None:
+        try:
+            with self.read_path(container, path) as chunks:
+                return _only_file(chunks).decode(errors="replace")
+        except DockerNotFound:
+            return None
+
+
+def _only_file(chunks: Iterable[bytes], *, limit: int = 64 << 20) -> bytes:
+    data = bytearray()
+    for chunk in chunks:
+        data += chunk
+        if len(data) > limit:
+            raise DockerError(f"A file of more than {limit} bytes is where a small one should be.")
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        member = archive.next()
+        file = archive.extractfile(member) if member is not None and member.isreg() else None
+        return file.read() if file is not None else b""
+
+
+def _single(name: str, content: bytes) -> bytes:
+    header = tarfile.TarInfo(name)
+    header.size, header.mode = len(content), 0o644
+    return _entry(header, content) + bytes(1024)
+
+
+def _entry(header: tarfile.TarInfo, content: bytes) -> bytes:
+    return header.tobuf(tarfile.PAX_FORMAT) + content + bytes(-len(content) % 512)
+
+
+def _dockerfile(base: str, *, user: str, deletes: bool) -> str:
+    lines = [f"FROM {base}"]
+    if deletes:
+        lines += [
+            "USER 0:0",
+            "COPY deleted /.machineuse-deleted",
+            'RUN ["/bin/sh", "-c", "xargs -0 rm -rf -- < /.machineuse-deleted && rm /.machineuse-deleted"]',
+        ]
+    lines.append("ADD rootfs.tar /")
+    if deletes and user:
+        lines.append(f"USER {user}")
+    return "\n".join(lines) + "\n"
+
+
+def _build_context(
+    dockerfile: str, deleted_paths: Sequence[str], rootfs: Iterator[bytes], rootfs_bytes: int
+) -> Iterator[bytes]:
+    """Stream the tar that an image is built from; `rootfs` is passed through, so its size must be known before."""
+    deleted = b"\0".join(path.encode(errors="surrogateescape") for path in deleted_paths)
+    for name, content in (("Dockerfile", dockerfile.encode()), ("deleted", deleted)):
+        header = tarfile.TarInfo(name)
+        header.size = len(content)
+        yield _entry(header, content)
+    header = tarfile.TarInfo("rootfs.tar")
+    header.size = rootfs_bytes
+    yield header.tobuf(tarfile.PAX_FORMAT)
+    yield from rootfs
+    yield bytes(-rootfs_bytes % 512)
+    yield bytes(1024)
+
+
+def _parse_time(text: str) -> datetime | None:
+    """Parse Docker's time; None for the zero time, which means never."""
+    return None if text.startswith("0001-") else datetime.fromisoformat(text)
+
+
+def _last_line(output: str) -> str:
+    return (output.strip().splitlines() or ["it said nothing"])[-1]
+
+
+@contextmanager
+def _closing(stream: Iterator[bytes]) -> Iterator[Iterator[bytes]]:
+    """Close a generator when its reader is done, early or not: that ends the engine's sending."""
+    try:
+        yield stream
+    finally:
+        if isinstance(stream, Generator):
+            stream.close()

@@ -1,0 +1,314 @@
+"""Taking a snapshot, in steps that may each be repeated and be cut off anywhere.
+
+    prepare   open the store before anything is stopped: an unwritable store disturbs nobody
+    stop      the browser shuts down by its image's stop signal, which flushes its profile
+    home      Docker's archive of the home directory → zstd → store, hashed and counted on the way
+    changes   what the container changed above its image → zstd → store
+    verify    every part is read back from the disk
+    copy      the node's own copy of the home volume, for a quick start; the one step that may fail
+    commit    the manifest is put in place: from now on there is a snapshot
+
+Any other failure removes what was written, starts the container again and raises `SnapshotFailed`. After a crash the
+same capture is simply run again: `prepare` throws away what the crash left, or finds the snapshot complete. A snapshot
+that is complete while its container has been started since is out of date, and taken anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import structlog
+
+from provisioner.errors import DockerNotFound, MachineuseError, SnapshotCorrupt, SnapshotFailed, SnapshotMissing
+from provisioner.snapshots.changes import (
+    EPHEMERAL,
+    MANAGED,
+    RECORD_PATH,
+    ChangesTar,
+    Record,
+    select_changes,
+)
+from provisioner.snapshots.machine import RESTORED_REPOSITORY, ContainerFacts, Machine, Progress, Volumes
+from provisioner.snapshots.manifest import ImageIdentity, Manifest, Part, PartName, SnapshotId
+from provisioner.snapshots.store import SnapshotStore, SnapshotWriter
+from provisioner.snapshots.tars import TarBroken, write_part
+
+log = structlog.get_logger(__name__)
+
+PROGRESS_EVERY_S = 1.0
+
+
+@dataclass(frozen=True)
+class CaptureRequest:
+    """Which instance to take a snapshot of, and where it is."""
+
+    snapshot: SnapshotId
+    cluster: str
+    node_id: str
+    container: str
+    volumes: Volumes
+    image: str
+    """The image reference that the instance was asked to run; recorded, and used to restore."""
+    stop_timeout_s: int = 10
+    labels: dict[str, str] = field(default_factory=dict)
+    """For the copy volume and helper containers."""
+
+
+@dataclass(frozen=True)
+class CaptureResult:
+    """A snapshot that is whole, and whether the node kept a copy."""
+
+    manifest: Manifest
+    copied: bool
+    copy_error: str | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a capture; running it again does no harm."""
+
+    name: str
+    run: Callable[[], None]
+
+
+class Capture:
+    """Takes one snapshot. Made anew for every attempt."""
+
+    def __init__(
+        self,
+        request: CaptureRequest,
+        *,
+        machine: Machine,
+        store: SnapshotStore,
+        progress: Progress = lambda _: None,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._request = request
+        self._machine = machine
+        self._store = store
+        self._progress = progress
+        self._now = now
+        self._facts: ContainerFacts | None = None
+        self._writer: SnapshotWriter | None = None
+        self._parts: dict[PartName, Part] = {}
+        self._record: Record | None = None
+        self._changed_paths = 0
+        self._manifest: Manifest | None = None
+        self._copied = False
+        self._copy_error: str | None = None
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """Return what is done, in this order."""
+        return (
+            Step("prepare", self._prepare),
+            Step("stop", self._stop),
+            Step("home", self._capture_home),
+            Step("changes", self._capture_changes),
+            Step("verify", self._verify),
+            Step("copy", self._copy),
+            Step("commit", self._commit),
+        )
+
+    def run(self) -> CaptureResult:
+        """Take the snapshot, or return the one that an earlier attempt completed.
+
+        Raises:
+            SnapshotFailed: no snapshot was taken; the container has been started again, or `message` says why not.
+        """
+        done = self._find_completed()
+        if done is not None:
+            return done
+        started = time.monotonic()
+        for step in self.steps:
+            try:
+                step.run()
+            except (MachineuseError, TarBroken, tarfile.TarError, OSError) as error:
+                log.warning(
+                    "snapshot step failed", snapshot=str(self._request.snapshot), step=step.name, error=str(error)
+                )
+                raise self._give_up(error) from error
+        result = self._result()
+        log.info(
+            "snapshot taken",
+            snapshot=str(self._request.snapshot),
+            bytes=result.manifest.stored_bytes,
+            copied=result.copied,
+            seconds=round(time.monotonic() - started, 2),
+        )
+        return result
+
+    # -- the steps ---------------------------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        self._facts = self._machine.inspect_container(self._request.container)
+        self._parts.clear()
+        self._writer = self._store.begin(self._request.snapshot)
+
+    def _stop(self) -> None:
+        self._progress("stopping the browser")
+        self._machine.stop_container(self._request.container, timeout_s=self._request.stop_timeout_s)
+        self._facts = self._machine.inspect_container(self._request.container)
+        if not self._facts.stopped_cleanly:
+            self._progress(f"the container had to be killed after {self._request.stop_timeout_s} s")
+
+    def _capture_home(self) -> None:
+        path = self._request.volumes.home_path
+        with self._machine.read_path(self._request.container, path) as chunks:
+            self._write_part(PartName.HOME, chunks, what="home directory")
+
+    def _capture_changes(self) -> None:
+        facts = self._known_facts()
+        self._parts.pop(PartName.ROOTFS, None)
+        self._changed_paths = 0
+        skip = (*EPHEMERAL, *MANAGED, *facts.mounts, self._request.volumes.home_path)
+        earlier = None
+        if facts.image.reference.startswith(f"{RESTORED_REPOSITORY}:"):
+            earlier = Record.model_validate_json(self._machine.read_image_file(facts.image.id, RECORD_PATH))
+        changes = self._machine.list_changes(self._request.container)
+        self._record = select_changes(changes, image=facts.image, skip=skip, earlier=earlier)
+        if not self._record.empty:
+            tar = ChangesTar(self._machine, self._request.container, self._record, skip)
+            self._write_part(PartName.ROOTFS, tar.chunks(), what="changes above the image")
+            self._changed_paths = tar.paths
+
+    def _verify(self) -> None:
+        self._progress("reading the archive back")
+        self._manifest = self._build_manifest()
+        self._open_writer().verify(self._manifest)
+
+    def _copy(self) -> None:
+        manifest = self._verified_manifest()
+        self._progress("copying the home volume for a quick start")
+        self._copied, self._copy_error = False, None
+        try:
+            entries = self._machine.make_copy(
+                self._request.volumes, stamp=manifest.home.sha256, labels=self._request.labels
+            )
+        except MachineuseError as error:
+            self._copy_error = error.message
+            self._progress(f"no quick copy was kept: {error.message}")
+            log.warning("quick copy failed", snapshot=str(manifest.id), error=error.message, detail=error.detail)
+            self._remove_copy()
+            return
+        if entries != manifest.home.entries:
+            raise SnapshotFailed(
+                f"The archive of the home directory has {manifest.home.entries} entries, the directory {entries}.",
+                resolution="Look into the Docker engine's log for files that it could not read.",
+            )
+        self._copied = True
+
+    def _commit(self) -> None:
+        self._open_writer().commit(self._verified_manifest())
+
+    # -- what they share ---------------------------------------------------------------------------------------------
+
+    def _write_part(self, name: PartName, chunks: Iterator[bytes], *, what: str) -> None:
+        self._progress(f"saving the {what}")
+        reported = time.monotonic()
+
+        def report(bytes_read: int) -> None:
+            nonlocal reported
+            if time.monotonic() - reported >= PROGRESS_EVERY_S:
+                reported = time.monotonic()
+                self._progress(f"saving the {what}: {bytes_read / 1e6:.0f} MB")
+
+        with self._open_writer().part(name) as sink:
+            part = write_part(chunks, sink, name=name, progress=report)
+        self._parts[name] = part
+        self._progress(
+            f"saved the {what}: {part.entries} entries, {part.uncompressed_bytes / 1e6:.1f} MB, "
+            f"{part.bytes / 1e6:.1f} MB compressed"
+        )
+
+    def _build_manifest(self) -> Manifest:
+        request, facts = self._request, self._known_facts()
+        if self._record is None:
+            raise RuntimeError("the step 'changes' comes first")
+        return Manifest(
+            instance_id=request.snapshot.instance_id,
+            cluster=request.cluster,
+            generation=request.snapshot.generation,
+            created_at=self._now(),
+            node_id=request.node_id,
+            image=ImageIdentity(reference=request.image, id=self._record.original.id),
+            home_path=request.volumes.home_path,
+            stopped_cleanly=facts.stopped_cleanly,
+            run_started_at=facts.started_at,
+            parts=tuple(self._parts[name] for name in PartName if name in self._parts),
+            changed_paths=self._changed_paths,
+            deleted_paths=self._record.deleted,
+        )
+
+    def _find_completed(self) -> CaptureResult | None:
+        """Return the snapshot if an earlier attempt completed it; remove it if the instance has run since."""
+        snapshot = self._request.snapshot
+        try:
+            manifest = self._store.read_manifest(snapshot)
+        except SnapshotMissing:
+            return None
+        except SnapshotCorrupt as error:
+            raise SnapshotFailed(error.message, detail=error.detail, resolution=error.resolution) from error
+        with contextlib.suppress(DockerNotFound):  # a container that is gone has not run since
+            facts = self._machine.inspect_container(self._request.container)
+            if facts.started_at != manifest.run_started_at:
+                log.warning("snapshot out of date", snapshot=str(snapshot))
+                self._store.delete(snapshot)
+                return None
+        self._manifest = manifest
+        stamp = None
+        with contextlib.suppress(MachineuseError):
+            stamp = self._machine.read_stamp(self._request.volumes.copy)
+        self._copied = stamp == manifest.home.sha256
+        self._copy_error = None if self._copied else "The node has no copy of it."
+        self._progress("the snapshot is complete already")
+        return self._result()
+
+    def _give_up(self, error: Exception) -> SnapshotFailed:
+        """Leave nothing behind, start the container again, and return what to raise."""
+        with contextlib.suppress(MachineuseError):
+            if self._writer is not None:
+                self._writer.abandon()
+                self._store.delete(self._request.snapshot)
+        self._remove_copy()
+        cause = error.message if isinstance(error, MachineuseError) else f"The archive could not be read: {error}."
+        detail = error.detail if isinstance(error, MachineuseError) else repr(error)
+        resolution = error.resolution if isinstance(error, MachineuseError) else None
+        try:
+            self._machine.start_container(self._request.container)
+        except MachineuseError as start_error:
+            return SnapshotFailed(
+                f"No snapshot was taken: {cause} The instance could not be started again: {start_error.message}",
+                detail=f"{detail}; start: {start_error.detail}",
+                resolution=resolution or start_error.resolution,
+            )
+        return SnapshotFailed(
+            f"No snapshot was taken, the instance goes on running: {cause}", detail=detail, resolution=resolution
+        )
+
+    def _remove_copy(self) -> None:
+        with contextlib.suppress(MachineuseError):
+            self._machine.remove_copy(self._request.volumes.copy)
+
+    def _result(self) -> CaptureResult:
+        return CaptureResult(manifest=self._verified_manifest(), copied=self._copied, copy_error=self._copy_error)
+
+    def _known_facts(self) -> ContainerFacts:
+        if self._facts is None:
+            raise RuntimeError("the step 'prepare' comes first")
+        return self._facts
+
+    def _open_writer(self) -> SnapshotWriter:
+        if self._writer is None:
+            raise RuntimeError("the step 'prepare' comes first")
+        return self._writer
+
+    def _verified_manifest(self) -> Manifest:
+        if self._manifest is None:
+            raise RuntimeError("the step 'verify' comes first")
+        return self._manifest

@@ -1,0 +1,368 @@
+"""The snapshot store that is a directory: `<root>/<instance>/<generation>/` with the parts and `manifest.json`.
+
+While a snapshot is written its parts are `.<part>.<random>.tmp` beside where they will be. `commit` makes them durable,
+drops them from the page cache, reads them back from the disk, renames them, and renames the manifest into place last.
+Directories are 0700 and files 0600: a profile holds passwords and sessions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import IO
+
+import structlog
+from pydantic import ValidationError
+
+from provisioner.errors import SnapshotCorrupt, SnapshotFailed, SnapshotMissing
+from provisioner.snapshots.manifest import FORMAT_VERSION, Manifest, Part, PartName, SnapshotId
+from provisioner.snapshots.store import check_part
+from provisioner.snapshots.tars import CHUNK_BYTES, Readable, Writable
+
+log = structlog.get_logger(__name__)
+
+_MANIFEST = "manifest.json"
+
+
+class DirectoryStore:
+    """Keeps snapshots in a directory, which is made when the first one is written."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def begin(self, snapshot: SnapshotId) -> DirectoryWriter:
+        """Start a snapshot, removing what a crash left of an earlier attempt.
+
+        Raises:
+            SnapshotFailed: the snapshot is there already, or the directory can't be written.
+        """
+        directory = self._directory(snapshot)
+        with _writing(self._root):
+            _make_private(self._root)
+            _make_private(directory.parent)
+            _make_private(directory)
+            if (directory / _MANIFEST).exists():
+                raise SnapshotFailed(f"Snapshot {snapshot} exists already and is never overwritten.")
+            _empty(directory)
+        return DirectoryWriter(self._root, directory, snapshot)
+
+    def read_manifest(self, snapshot: SnapshotId) -> Manifest:
+        """Return a snapshot's manifest.
+
+        Raises:
+            SnapshotMissing: there is no such snapshot, or the store can't be read.
+            SnapshotCorrupt: the manifest is not one of this snapshot.
+        """
+        path = self._directory(snapshot) / _MANIFEST
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise SnapshotMissing(f"There is no snapshot {snapshot}.", detail=str(path)) from None
+        except OSError as error:
+            raise SnapshotMissing(
+                f"Snapshot {snapshot} can't be read: {error.strerror}.", detail=str(error), resolution=_resolve(error)
+            ) from error
+        try:
+            manifest = Manifest.model_validate_json(data)
+        except ValidationError as error:
+            raise SnapshotCorrupt(_unreadable(snapshot, data), detail=f"{path}: {error}") from error
+        if manifest.id != snapshot:
+            raise SnapshotCorrupt(f"The manifest of snapshot {snapshot} belongs to {manifest.id}.", detail=str(path))
+        return manifest
+
+    @contextmanager
+    def open_part(self, manifest: Manifest, name: PartName) -> Iterator[Readable]:
+        """Open a part for reading; its size and SHA-256 are compared when the last byte has been read.
+
+        Raises:
+            SnapshotCorrupt: the part is missing, or (from `read`) not what the manifest says.
+        """
+        part = manifest.part(name)
+        path = self._directory(manifest.id) / name.value
+        if part is None:
+            raise SnapshotCorrupt(f"The manifest of snapshot {manifest.id} lists no {name.value}.")
+        with _open_to_read(path, part, manifest.id) as file:
+            yield CheckedReader(file, part, snapshot=manifest.id)
+
+    def list(self, instance_id: str) -> tuple[Manifest, ...]:
+        """Return the whole snapshots of an instance, oldest generation first; unreadable ones are left out."""
+        manifests = []
+        for directory in _entries(self._root / SnapshotId(instance_id=instance_id, generation=0).instance_id):
+            if directory.name.isdecimal():
+                snapshot = SnapshotId(instance_id=instance_id, generation=int(directory.name))
+                try:
+                    manifests.append(self.read_manifest(snapshot))
+                except SnapshotMissing:
+                    continue
+                except SnapshotCorrupt as error:
+                    log.warning("snapshot unreadable", snapshot=str(snapshot), detail=error.detail)
+        return tuple(sorted(manifests, key=lambda manifest: manifest.generation))
+
+    def delete(self, snapshot: SnapshotId) -> None:
+        """Remove a snapshot, its manifest first, so that what a crash leaves is no snapshot any more. Idempotent.
+
+        Raises:
+            SnapshotFailed: the directory can't be written.
+        """
+        directory = self._directory(snapshot)
+        with _writing(self._root):
+            (directory / _MANIFEST).unlink(missing_ok=True)
+            if directory.is_dir():
+                _sync(directory)
+                _empty(directory)
+            for emptied in (directory, directory.parent):
+                _remove_directory(emptied)
+
+    def clean_up(self, *, older_than: timedelta) -> int:
+        """Remove what crashes left and nobody has written to for `older_than`; return how many snapshots that were."""
+        before = time.time() - older_than.total_seconds()
+        removed = 0
+        for instance in _entries(self._root):
+            for directory in _entries(instance):
+                whole = (directory / _MANIFEST).exists()
+                files = list(_entries(directory))
+                left = [path for path in files if path.name.endswith(".tmp")] if whole else files
+                if any(_mtime(path) > before for path in [directory, *left]) or (whole and not left):
+                    continue
+                with _writing(self._root):
+                    for path in left:
+                        path.unlink(missing_ok=True)
+                    if not whole:
+                        _remove_directory(directory)
+                        _remove_directory(instance)
+                removed += 1
+                log.info("abandoned snapshot removed", directory=str(directory))
+        return removed
+
+    def _directory(self, snapshot: SnapshotId) -> Path:
+        return self._root / snapshot.instance_id / str(snapshot.generation)
+
+
+class DirectoryWriter:
+    """One snapshot being written into a directory."""
+
+    def __init__(self, root: Path, directory: Path, snapshot: SnapshotId) -> None:
+        self._root = root
+        self._directory = directory
+        self._snapshot = snapshot
+        self._token = secrets.token_hex(4)
+        self._verified: Manifest | None = None
+
+    @contextmanager
+    def part(self, name: PartName) -> Iterator[Writable]:
+        """Open a part for writing; opening it again starts it anew. Raises `SnapshotFailed` when it can't be kept."""
+        self._verified = None
+        with _writing(self._root):
+            file = _create(self._temporary(name))
+        with file:
+            yield _WholeWrites(file, self._root)
+
+    def verify(self, manifest: Manifest) -> None:
+        """Write the parts out to the disk and read them back from it; raises `SnapshotFailed`."""
+        for part in manifest.parts:
+            path = self._temporary(part.name)
+            with _writing(self._root):
+                _sync(path, forget=True)
+            try:
+                with _open_to_read(path, part, self._snapshot) as file:
+                    check_part(CheckedReader(file, part, snapshot=self._snapshot), part, snapshot=self._snapshot)
+            except SnapshotCorrupt as error:
+                raise SnapshotFailed(
+                    f"What was written of snapshot {self._snapshot} can't be read back: {error.message}",
+                    detail=error.detail,
+                    resolution="Check the disk of the snapshot store.",
+                ) from error
+        self._verified = manifest
+
+    def commit(self, manifest: Manifest) -> None:
+        """Put parts and, last, manifest in place; verifies first unless that was done. Raises `SnapshotFailed`."""
+        if self._is_in_place(manifest):
+            return
+        if self._verified != manifest:
+            self.verify(manifest)
+        with _writing(self._root):
+            for part in manifest.parts:
+                self._temporary(part.name).replace(self._directory / part.name.value)
+            _sync(self._directory)
+            temporary = self._directory / f".{_MANIFEST}.{self._token}.tmp"
+            with _create(temporary) as file:
+                _WholeWrites(file, self._root).write(manifest.to_json())
+            _sync(temporary)
+            temporary.replace(self._directory / _MANIFEST)
+            for directory in (self._directory, self._directory.parent, self._root):
+                _sync(directory)
+
+    def abandon(self) -> None:
+        """Remove what was written. Idempotent; harmless after `commit`."""
+        if (self._directory / _MANIFEST).exists():
+            return
+        with contextlib.suppress(OSError):
+            for name in PartName:
+                self._temporary(name).unlink(missing_ok=True)
+                (self._directory / name.value).unlink(missing_ok=True)
+            (self._directory / f".{_MANIFEST}.{self._token}.tmp").unlink(missing_ok=True)
+            _remove_directory(self._directory)
+            _remove_directory(self._directory.parent)
+
+    def _is_in_place(self, manifest: Manifest) -> bool:
+        try:
+            return (self._directory / _MANIFEST).read_bytes() == manifest.to_json()
+        except OSError:
+            return False
+
+    def _temporary(self, name: PartName) -> Path:
+        return self._directory / f".{name.value}.{self._token}.tmp"
+
+
+class CheckedReader:
+    """Reads a part's stored bytes and raises `SnapshotCorrupt` where they end if they are not those of the manifest."""
+
+    def __init__(self, file: Readable, part: Part, *, snapshot: SnapshotId) -> None:
+        self._file = file
+        self._part = part
+        self._snapshot = snapshot
+        self._digest = hashlib.sha256()
+        self._bytes = 0
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Return at most `size` bytes, b"" at the end."""
+        try:
+            data = self._file.read(size if size >= 0 else CHUNK_BYTES)
+        except OSError as error:
+            raise self._corrupt(str(error)) from error
+        self._digest.update(data)
+        self._bytes += len(data)
+        if self._bytes >= self._part.bytes:
+            if self._bytes > self._part.bytes:
+                raise self._corrupt(f"it is longer than {self._part.bytes} bytes")
+            if self._digest.hexdigest() != self._part.sha256:
+                raise self._corrupt(f"SHA-256 {self._digest.hexdigest()}, expected {self._part.sha256}")
+        elif not data:
+            raise self._corrupt(f"it ends after {self._bytes} of {self._part.bytes} bytes")
+        return data
+
+    def _corrupt(self, detail: str) -> SnapshotCorrupt:
+        return _corrupt(self._part, self._snapshot, detail)
+
+
+class _WholeWrites:
+    """An unbuffered file whose `write` takes everything: one raw write may take less."""
+
+    def __init__(self, file: IO[bytes], root: Path) -> None:
+        self._file = file
+        self._root = root
+
+    def write(self, data: bytes, /) -> int:
+        view = memoryview(data)
+        with _writing(self._root):
+            while view:
+                view = view[self._file.write(view) :]
+        return len(data)
+
+
+def _create(path: Path) -> IO[bytes]:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    return os.fdopen(descriptor, "wb", buffering=0)
+
+
+def _corrupt(part: Part, snapshot: SnapshotId, detail: str) -> SnapshotCorrupt:
+    return SnapshotCorrupt(
+        f"The archive {part.name.value} of snapshot {snapshot} is damaged. It is kept; nothing was restored from it.",
+        detail=detail,
+        resolution="Restore the file from a backup of the snapshot store, or delete the instance.",
+    )
+
+
+@contextmanager
+def _open_to_read(path: Path, part: Part, snapshot: SnapshotId) -> Iterator[IO[bytes]]:
+    try:
+        file = path.open("rb", buffering=0)
+    except OSError as error:
+        raise _corrupt(part, snapshot, str(error)) from error
+    with file:
+        yield file
+
+
+@contextmanager
+def _writing(root: Path) -> Iterator[None]:
+    """Turn what the file system refuses into `SnapshotFailed`."""
+    try:
+        yield
+    except OSError as error:
+        raise SnapshotFailed(
+            f"The snapshot store {root} can't be written: {error.strerror or error}.",
+            detail=str(error),
+            resolution=_resolve(error),
+        ) from error
+
+
+def _resolve(error: OSError) -> str | None:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "Free some space there, or set MACHINEUSE_SNAPSHOT_STORE to a directory with more."
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        return "Make the directory writable for the service, or set MACHINEUSE_SNAPSHOT_STORE to one that is."
+    return None
+
+
+def _unreadable(snapshot: SnapshotId, data: bytes) -> str:
+    with contextlib.suppress(ValueError, AttributeError):
+        version = json.loads(data).get("format_version")
+        if version not in (None, FORMAT_VERSION):
+            return f"Snapshot {snapshot} has format {version}; this version reads format {FORMAT_VERSION}."
+    return f"The manifest of snapshot {snapshot} is damaged; the snapshot is kept, and nothing was restored from it."
+
+
+def _make_private(directory: Path) -> None:
+    if not directory.is_dir():
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory.chmod(0o700)
+
+
+def _empty(directory: Path) -> None:
+    for path in _entries(directory):
+        path.unlink(missing_ok=True)
+
+
+def _remove_directory(directory: Path) -> None:
+    """Remove a directory if it is there and empty."""
+    try:
+        directory.rmdir()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+
+
+def _entries(directory: Path) -> Iterator[Path]:
+    try:
+        yield from sorted(directory.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return
+
+
+def _mtime(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _sync(path: Path, *, forget: bool = False) -> None:
+    """Write a file or directory out to the disk; with `forget`, make the next read come from there too."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+        if forget and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
