@@ -57,15 +57,15 @@ class ImageCatalogue:
         for node in nodes:
             host = self._hosts.get(node.host)
             try:
-                found = images.find_image(host, reference=image)
+                found = images.find_image(host, image)
                 if found is not None:
                     return ResolvedImage(
                         requested=requested,
                         image=image,
-                        browser=CDP_PORT in found.exposed_ports,
+                        browser=f"{CDP_PORT}/tcp" in found.exposed_ports,
                         base=found.labels.get("machineuse.base"),
                     )
-                images.check_pullable(host, reference=image)
+                images.check_offered(host, image)
             except NodeUnreachable as error:
                 reasons.append(error.message)
             except DockerError as error:

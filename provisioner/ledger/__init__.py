@@ -47,6 +47,14 @@ class Ledger:
         database.migrate()
         return cls(database, database.ledger_id())
 
+    def fact(self, name: str) -> str | None:
+        """Return a fact about the cluster that was written down, or None."""
+        return self._database.fact(name)
+
+    def write_fact(self, name: str, value: str) -> None:
+        """Write down a fact about the cluster, in place of what it was before."""
+        self._database.write_fact(name, value)
+
     def close(self) -> None:
         """Close all connections."""
         self._database.close()

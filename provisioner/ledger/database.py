@@ -62,11 +62,10 @@ class Database:
 
     def ledger_id(self) -> str:
         """Return this ledger's id, made when the ledger was."""
-        with self.read() as connection:
-            value = connection.scalar(sa.select(tables.facts.c.value).where(tables.facts.c.name == "ledger_id"))
+        value = self.fact("ledger_id")
         if value is None:
             raise LedgerMismatch(f"{self.path} is not a ledger of Machineuse: it has no id.")
-        return str(value)
+        return value
 
     def make_id(self) -> str:
         """Give this ledger an id unless it has one; return the id it has."""
@@ -76,6 +75,18 @@ class Database:
                 value = secrets.token_hex(8)
                 connection.execute(tables.facts.insert().values(name="ledger_id", value=value))
         return str(value)
+
+    def fact(self, name: str) -> str | None:
+        """Return a fact about the cluster that was written down, or None."""
+        with self.read() as connection:
+            value = connection.scalar(sa.select(tables.facts.c.value).where(tables.facts.c.name == name))
+        return None if value is None else str(value)
+
+    def write_fact(self, name: str, value: str) -> None:
+        """Write down a fact about the cluster, in place of what it was before."""
+        with self.write() as connection:
+            connection.execute(tables.facts.delete().where(tables.facts.c.name == name))
+            connection.execute(tables.facts.insert().values(name=name, value=value))
 
     def close(self) -> None:
         """Close all connections."""

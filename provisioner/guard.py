@@ -1,0 +1,64 @@
+"""Answers our plugins' question before every delete: may this go? From the ledger, which knows what is wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from provisioner.ledger import Ledger
+from provisioner.ledger.records import InstanceRecord, SnapshotState
+from provisioner.plugins.policy import INSTANCE_LABEL, LEDGER_LABEL, DeleteDecision
+from provisioner.states import Wanted
+
+BODY_KINDS = frozenset({"container", "volume"})
+
+
+class LedgerGuard:
+    """Refuses to delete what the ledger wants alive, or what belongs to another ledger."""
+
+    def __init__(self, ledger: Ledger, *, stop_timeout_s: int) -> None:
+        self._ledger = ledger
+        self._stop_timeout_s = stop_timeout_s
+
+    def check_delete(self, *, urn: str, labels: Mapping[str, str], kind: str, replacing: bool) -> DeleteDecision:
+        """Decide from the instance's record; what belongs to no instance may go."""
+        instance_id = labels.get(INSTANCE_LABEL)
+        if instance_id is None:
+            return DeleteDecision(allowed=True)
+        owner = labels.get(LEDGER_LABEL)
+        if owner is not None and owner != self._ledger.id:
+            return DeleteDecision(
+                allowed=False,
+                reason=f"The {kind} of instance {instance_id} belongs to ledger {owner}, and this is ledger"
+                f" {self._ledger.id}. Set MACHINEUSE_DATA_DIR to the data directory of the service that made it.",
+            )
+        record = self._ledger.instances.find(instance_id)
+        reason = None if record is None else _reason_to_keep(record, urn=urn, kind=kind, replacing=replacing)
+        if reason is not None:
+            return DeleteDecision(allowed=False, reason=reason)
+        return DeleteDecision(
+            allowed=True, force=record is not None and record.force, stop_timeout_s=self._stop_timeout_s
+        )
+
+    def note_leftover(self, *, urn: str, host: str, name: str) -> None:
+        """Remember what a forced delete left on a node that did not answer."""
+        node = next((node for node in self._ledger.nodes.list() if node.host == host), None)
+        if node is not None:
+            self._ledger.leftovers.add(node_id=node.id, urn=urn, name=name)
+
+
+def _reason_to_keep(record: InstanceRecord, *, urn: str, kind: str, replacing: bool) -> str | None:
+    if record.wanted is Wanted.ABSENT:
+        return None
+    if kind in BODY_KINDS:
+        if record.sleeps_safely or (replacing and kind == "container"):
+            return None  # snapshotted and verified; or remade at once, and its home is in the volume
+        return (
+            f"The {kind} of instance {record.id} is not deleted: the ledger wants the instance"
+            f" {record.wanted.value}, and no verified snapshot took its place. Delete the instance through the API,"
+            " or make it dormant."
+        )
+    if kind == "snapshot":
+        kept = next((s for s in record.snapshots if urn.endswith(f"-snapshot-{s.generation}")), None)
+        if kept is not None and kept.state is not SnapshotState.EXPIRING:
+            return f"Snapshot {kept.generation} of instance {record.id} is not deleted: the ledger keeps it."
+    return None
