@@ -1,0 +1,43 @@
+"""What all tests share: a service of their own, for real, that cleans up after itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.service import Service
+
+StartService = Callable[..., Service]
+
+
+@pytest.fixture(scope="module")
+def start_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartService]:
+    """Give a function that starts a service with these settings; every one is stopped and cleaned up."""
+    started: list[Service] = []
+
+    def start(**settings: object) -> Service:
+        service = Service(_project(tmp_path_factory), settings={k: str(v) for k, v in settings.items()})
+        started.append(service)
+        service.start()
+        return service
+
+    yield start
+    for service in started:
+        service.clean_up()
+
+
+@pytest.fixture(scope="module")
+def service(start_service: StartService) -> Service:
+    """Give one running service to all tests of a module."""
+    return start_service()
+
+
+def _project(factory: pytest.TempPathFactory) -> Path:
+    """Make a project directory that is the checkout, but for its own cluster file and data directory."""
+    checkout = Path(__file__).resolve().parent.parent
+    project = factory.mktemp("project")
+    for name in ("Pulumi.yaml", "stacks", "provisioner", "images", ".venv"):
+        (project / name).symlink_to(checkout / name)
+    return project

@@ -1,0 +1,51 @@
+"""Ledger records for unit tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from provisioner.ledger.records import InstanceRecord
+from provisioner.states import Status, Wanted
+
+
+def make_record(**changes: Any) -> InstanceRecord:
+    """Return a settled, running instance, with these fields changed."""
+    fields: dict[str, Any] = {
+        "id": "mu-test",
+        "node_id": "local",
+        "image_requested": "ubuntu:22.04",
+        "image": "machineuse/browser:latest",
+        "browser": True,
+        "memory_gb": 1.0,
+        "cpu_cores": 1,
+        "disk_gb": 10.0,
+        "disk_enforced": False,
+        "idle_timeout_minutes": 30,
+        "auto_snapshot": True,
+        "created_at": 1000.0,
+        "wanted": Wanted.RUNNING,
+        "generation": 1,
+        "applied_generation": 1,
+        "settled_generation": 1,
+        "body": True,
+        "repair": False,
+        "force": False,
+        "attempts": 0,
+        "retry_at": 0.0,
+        "status": Status.RUNNING,
+        "status_since": 1000.0,
+        "last_active_at": 1000.0,
+        "debug_port": 21000,
+        "stream_port": 21001,
+        "disk_bytes": None,
+        "disk_over": False,
+        "snapshot_generation": None,
+        "restore_generation": None,
+        "restore_method": None,
+        "restored_by": None,
+        "restore_note": None,
+        "error_code": None,
+        "error_message": None,
+        "error_generation": None,
+    }
+    return InstanceRecord(**fields | changes)

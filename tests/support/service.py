@@ -1,0 +1,183 @@
+"""A real service in a process of its own, with real Docker and the real Pulumi CLI."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import docker
+import httpx
+
+from provisioner.settings import Settings
+from provisioner.toolchain.environment import environment
+
+ENGINE = "unix:///var/run/docker.sock"
+
+
+class Service:
+    """One service: start, stop, kill and restart it; talk to it by `http`; look behind it by `docker` and `pulumi`."""
+
+    def __init__(self, project: Path, *, settings: dict[str, str]) -> None:
+        self.project = project
+        self.cluster = f"t{secrets.token_hex(4)}"
+        self.port = free_port()
+        self.log_path = project / "serve.log"
+        self.docker = docker.from_env()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._environment = {
+            **os.environ,
+            "MACHINEUSE_PROJECT_DIR": str(project),
+            "MACHINEUSE_CLUSTER": self.cluster,
+            "MACHINEUSE_PORT": str(self.port),
+            "MACHINEUSE_LOG_FORMAT": "json",
+            **{f"MACHINEUSE_{name.upper()}": value for name, value in settings.items()},
+        }
+        self.settings = Settings(project_dir=project, cluster=self.cluster)
+        first = random.randrange(25000, 31000, 20)  # below the kernel's ephemeral ports; a range of its own per service
+        self.write_cluster_file(ports={"first": first, "last": first + 99})
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=120)
+
+    def write_cluster_file(self, *, ports: dict[str, int], **node: object) -> None:
+        """Write the cluster's file with one node."""
+        local = {"id": "local", "host": ENGINE, "address": "127.0.0.1", "ports": ports, **node}
+        path = self.project / f"Pulumi.{self.cluster}.yaml"
+        path.write_text(json.dumps({"config": {"machineuse:nodes": [local]}}))
+
+    # ---- the process
+
+    def start(self) -> None:
+        """Start it and wait until it serves."""
+        with self.log_path.open("ab") as out:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "api.cli", "serve"],
+                env=self._environment,
+                stdout=out,
+                stderr=out,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                if self.http.get("/health", timeout=2).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            assert self._process.poll() is None, f"the service ended:\n{self.log()}"
+            assert time.monotonic() < deadline, f"the service does not serve:\n{self.log()}"
+            time.sleep(0.05)
+
+    def stop(self) -> int:
+        """Ask it to stop and wait; return its exit code."""
+        return self._end(signal.SIGTERM)
+
+    def kill(self) -> int:
+        """Kill it like a power cut would."""
+        return self._end(signal.SIGKILL)
+
+    def _end(self, how: signal.Signals) -> int:
+        assert self._process is not None
+        if self._process.poll() is None:
+            self._process.send_signal(how)
+        return self._process.wait(timeout=60)
+
+    def log(self) -> str:
+        """Return what it printed so far."""
+        return self.log_path.read_text(errors="replace")
+
+    def clean_up(self) -> None:
+        """Stop it and remove every container, volume, network and image that is labelled with its cluster."""
+        if self._process is not None and self._process.poll() is None:
+            self.kill()
+        self.http.close()
+        mine = {"label": f"machineuse.cluster={self.cluster}"}
+        for container in self.docker.containers.list(all=True, filters=mine, ignore_removed=True):
+            container.remove(force=True)
+        for volume in self.docker.volumes.list(filters=mine):
+            volume.remove(force=True)
+        for network in self.docker.networks.list(filters=mine):
+            network.remove()
+        for image in self.docker.images.list(filters=mine):
+            self.docker.images.remove(image.id, force=True)
+        self.docker.close()
+
+    # ---- talking to it
+
+    def create(self, *, wait_s: int = 60, **body: Any) -> dict[str, Any]:
+        """Create an instance and return it."""
+        answer = self.http.post("/v2/instances", json=body, headers={"Prefer": f"wait={wait_s}"})
+        assert answer.status_code == 201, answer.text
+        instance: dict[str, Any] = answer.json()
+        return instance
+
+    def get(self, instance_id: str) -> dict[str, Any]:
+        """Return an instance."""
+        answer = self.http.get(f"/v2/instances/{instance_id}")
+        assert answer.status_code == 200, answer.text
+        instance: dict[str, Any] = answer.json()
+        return instance
+
+    def post(self, path: str, *, wait_s: int = 60, **body: Any) -> httpx.Response:
+        """Post to a path below /v2/instances/."""
+        return self.http.post(f"/v2/instances/{path}", json=body or None, headers={"Prefer": f"wait={wait_s}"})
+
+    def delete(self, instance_id: str, *, force: bool = False, wait_s: int = 60) -> httpx.Response:
+        """Delete an instance."""
+        return self.http.delete(
+            f"/v2/instances/{instance_id}", params={"force": force}, headers={"Prefer": f"wait={wait_s}"}
+        )
+
+    def wait_for(self, instance_id: str, status: str, *, timeout_s: float = 30) -> dict[str, Any]:
+        """Wait until an instance has a status; return it."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            instance = self.get(instance_id)
+            if instance["status"] == status:
+                return instance
+            assert time.monotonic() < deadline, f"{instance}\n{self.log()[-4000:]}"
+            time.sleep(0.05)
+
+    # ---- looking behind it
+
+    def pulumi(self, *arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
+        """Run the Pulumi CLI in the project as an operator would."""
+        done = subprocess.run(
+            ["pulumi", *arguments, "--non-interactive", "--color", "never"],
+            cwd=self.project,
+            env={**self._environment, **environment(self.settings), **extra},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        return done
+
+    def urns(self) -> list[str]:
+        """Return the URNs in the cluster's stack."""
+        state = json.loads(self.pulumi("stack", "export", "--stack", self.cluster).stdout)
+        return [resource["urn"] for resource in state["deployment"].get("resources", [])]
+
+    def container(self, instance_id: str) -> Any:
+        """Return an instance's container, as Docker knows it."""
+        return self.docker.containers.get(f"machineuse-{self.cluster}-{instance_id}")
+
+    def volumes(self) -> list[str]:
+        """Return the names of the cluster's volumes."""
+        return [v.name for v in self.docker.volumes.list(filters={"label": f"machineuse.cluster={self.cluster}"})]
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
