@@ -29,6 +29,7 @@ from provisioner.ledger import Ledger
 from provisioner.ledger.instances import LoadReader, Update
 from provisioner.ledger.records import InstanceRecord, SnapshotState
 from provisioner.outcomes import PERMANENT, error_of
+from provisioner.plugins.failures import read_code
 from provisioner.settings import Settings
 from provisioner.specs import all_urns, body_urns, specs_of
 from provisioner.states import Wanted
@@ -258,7 +259,7 @@ def _find_error(work: Work, result: UpdateResult, *, names: Names) -> Machineuse
     mine = set(all_urns(work.record, names=names))
     said = [text for urn, text in result.errors.items() if urn in mine]
     if said:
-        return error_of(next((text for text in said if text), ""))
+        return error_of(max(said, key=lambda text: (read_code(text) is not None, len(text))))
     if work.step is Step.CREATE:
         done = names.container_urn(work.record.id) in result.outputs
     elif work.step is Step.SNAPSHOT:
