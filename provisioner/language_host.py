@@ -8,11 +8,13 @@ and runs the entry point as `python .` would.
 
 from __future__ import annotations
 
+import itertools
 import os
 import runpy
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import distributions
@@ -21,11 +23,14 @@ from typing import Any
 
 import grpc
 from google.protobuf import empty_pb2
+from pulumi import RunError
 from pulumi.automation._server import LanguageServer
 from pulumi.runtime.proto import language_pb2, language_pb2_grpc, plugin_pb2
 
 _MAX_MESSAGE_BYTES = 400 * 1024 * 1024
 """The size that Pulumi's engine and SDKs allow: state of thousands of resources goes through one message."""
+
+_RUNNER = frozenset({__file__, "<frozen runpy>"})
 
 
 class LanguageHost(LanguageServer):
@@ -49,7 +54,9 @@ class LanguageHost(LanguageServer):
         self.program = lambda: _run_file(program)
         del request.args[:]
         request.args.append(self._engine_address or "")
-        return super().Run(request, context)
+        response = super().Run(request, context)  # type: ignore[no-untyped-call]
+        # The SDK has logged the error already; told again in the answer, the engine would show it twice.
+        return language_pb2.RunResponse(bail=True) if response.error else response
 
     def GetPluginInfo(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: ARG002
         """Say which version this is."""
@@ -77,9 +84,23 @@ class LanguageHost(LanguageServer):
 
 
 def _run_file(program: Path) -> None:
-    """Run a directory with a `__main__.py`, or one file, as `python PROGRAM` would."""
+    """Run a directory with a `__main__.py`, or one file, as `python PROGRAM` would.
+
+    Raises RunError, whose text the engine shows as it is, with the program's own lines of the traceback only.
+    """
     sys.path.insert(0, str(program if program.is_dir() else program.parent))
-    runpy.run_path(str(program), run_name="__main__")
+    try:
+        runpy.run_path(str(program), run_name="__main__")
+    except RunError:
+        raise
+    except SystemExit as exit_:
+        if exit_.code not in (None, 0):
+            text = exit_.code if isinstance(exit_.code, str) else f"the program exited with code {exit_.code}"
+            raise RunError(text) from exit_
+    except Exception as error:
+        own = itertools.dropwhile(lambda frame: frame.filename in _RUNNER, traceback.extract_tb(error.__traceback__))
+        what = "".join(traceback.format_exception_only(error)).strip()
+        raise RunError(f"{what}\n{''.join(traceback.format_list(list(own)))}".strip()) from error
 
 
 def main(arguments: list[str]) -> None:
@@ -98,7 +119,7 @@ def main(arguments: list[str]) -> None:
         ],
     )
     host = LanguageHost(addresses[0] if addresses else None, stop=stopped.set)
-    language_pb2_grpc.add_LanguageRuntimeServicer_to_server(host, server)  # type: ignore[no-untyped-call]
+    language_pb2_grpc.add_LanguageRuntimeServicer_to_server(host, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     print(port, flush=True)  # noqa: T201 - the plugin protocol: the first line is the port

@@ -14,7 +14,27 @@ Everything here runs on the standard library alone, because the first step runs 
 
 from __future__ import annotations
 
+from provisioner.toolchain.docker_engine import find_docker_socket, provide_docker_engine
 from provisioner.toolchain.environment import environment
+from provisioner.toolchain.packages import can_install_packages, install_packages
+from provisioner.toolchain.progress import Reporter, Step, StepResult
 from provisioner.toolchain.pulumi_cli import PULUMI_VERSION, cache_dir, find_pulumi, require_pulumi
+from provisioner.toolchain.setup import ensure
+from provisioner.toolchain.test_tools import puppeteer_dir
 
-__all__ = ["PULUMI_VERSION", "cache_dir", "environment", "find_pulumi", "require_pulumi"]
+__all__ = [
+    "PULUMI_VERSION",
+    "Reporter",
+    "Step",
+    "StepResult",
+    "cache_dir",
+    "can_install_packages",
+    "ensure",
+    "environment",
+    "find_docker_socket",
+    "find_pulumi",
+    "install_packages",
+    "provide_docker_engine",
+    "puppeteer_dir",
+    "require_pulumi",
+]

@@ -42,10 +42,12 @@ def environment(settings: Settings) -> dict[str, str]:
 
 def _path_with(cli: Path) -> str:
     path = os.environ.get("PATH", os.defpath)
-    found = shutil.which("pulumi", path=path)
-    if found is None or Path(found).absolute() != cli:
-        path = os.pathsep.join([str(cli.parent), path])
     launcher = provide_language_host(cli)
+    in_front: list[str] = []
     if launcher is not None:
-        path = os.pathsep.join([str(launcher.parent), path])
-    return path
+        in_front.append(str(launcher.parent))
+    found = shutil.which("pulumi", path=os.pathsep.join([*in_front, path]))
+    if found is None or not Path(found).samefile(cli):
+        in_front.append(str(cli.parent))
+    rest = [directory for directory in path.split(os.pathsep) if directory not in in_front]
+    return os.pathsep.join([*in_front, *rest])

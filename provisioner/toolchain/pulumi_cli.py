@@ -7,7 +7,6 @@ a CLI that runs, whatever was killed while it was made.
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import os
 import re
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from provisioner.errors import SetupError
+from provisioner.toolchain.locks import locked
 
 if TYPE_CHECKING:
     from provisioner.toolchain.progress import Step
@@ -66,7 +66,8 @@ def provide_pulumi(step: Step, *, project_dir: Path) -> Path:
     found = find_pulumi()
     if found is not None:
         return found
-    with _locked(cache_dir() / f"pulumi-{PULUMI_VERSION}.lock", step=step):
+    lock = cache_dir() / f"pulumi-{PULUMI_VERSION}.lock"
+    with locked(lock, step=step, waiting_for="getting the Pulumi CLI"):
         found = find_pulumi()  # another checkout may have made it while we waited
         if found is not None:
             return found
@@ -82,7 +83,9 @@ def _cached_cli() -> Path:
 
 
 def _is_usable(cli: Path) -> bool:
-    version = _read_version(cli, cli.stat().st_mtime_ns)
+    if cli.exists() and _cached_cli().exists() and cli.samefile(_cached_cli()):
+        return True  # a file with that name was tried when it was made
+    version = _read_version(cli, cli.stat().st_mtime_ns) if cli.exists() else None
     wanted = _parse_version(PULUMI_VERSION)
     return version is not None and wanted is not None and version[0] == wanted[0] and version >= wanted
 
@@ -167,16 +170,3 @@ def _new_cache_entry() -> Iterator[Path]:
         partial.rename(final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
-def _locked(path: Path, *, step: Step) -> Iterator[None]:
-    """Hold the lock file for the block; the kernel lets go of it when the holder dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            step.say("another checkout is getting the Pulumi CLI; waiting for it")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield

@@ -1,0 +1,55 @@
+"""What the tests need beyond the virtual environment: the clients that must work unchanged against our browsers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from provisioner.toolchain.locks import locked
+from provisioner.toolchain.packages import install_packages
+from provisioner.toolchain.pulumi_cli import cache_dir
+
+if TYPE_CHECKING:
+    from provisioner.toolchain.progress import Step
+
+PUPPETEER_VERSION = "24.10.0"
+_NPM_TIMEOUT_S = 600
+
+
+def puppeteer_dir() -> Path:
+    """Return the directory whose `node_modules` has puppeteer-core; use it as NODE_PATH or as working directory."""
+    return cache_dir() / f"puppeteer-{PUPPETEER_VERSION}"
+
+
+def provide_selenium_driver(step: Step) -> None:
+    """Make sure that `chromedriver` is on PATH. Raises SetupError with the command to run where we may not install."""
+    if shutil.which("chromedriver") is None:
+        install_packages(step, ["chromium-driver"], reason="chromedriver, which the Selenium test uses,")
+    step.outcome = shutil.which("chromedriver") or "chromedriver installed"
+
+
+def provide_puppeteer(step: Step) -> None:
+    """Make sure that Node and puppeteer-core are there. Raises SetupError where npm fails."""
+    missing = [package for package, program in (("nodejs", "node"), ("npm", "npm")) if shutil.which(program) is None]
+    if missing:
+        install_packages(step, missing, reason="Node, which the Puppeteer test uses,")
+    target = puppeteer_dir()
+    with locked(target.with_suffix(".lock"), step=step, waiting_for="installing puppeteer-core"):
+        if not target.is_dir():
+            partial = target.with_name(f"{target.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            step.run(
+                [
+                    *("npm", "install", "--prefix", str(partial), "--no-audit", "--no-fund", "--ignore-scripts"),
+                    *("--no-package-lock", f"puppeteer-core@{PUPPETEER_VERSION}"),
+                ],
+                cwd=partial,
+                env={"CI": os.environ.get("CI", "true")},
+                what="npm install puppeteer-core",
+                timeout_s=_NPM_TIMEOUT_S,
+            )
+            partial.rename(target)
+    step.outcome = f"puppeteer-core {PUPPETEER_VERSION}"
