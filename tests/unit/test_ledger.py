@@ -1,0 +1,131 @@
+"""The ledger on a real SQLite file."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+
+from provisioner.errors import LedgerMismatch, NotFound
+from provisioner.ledger import Ledger, database
+from provisioner.ledger.instances import LoadReader, Update
+from provisioner.ledger.records import InstanceRecord, SnapshotRecord, SnapshotState
+from provisioner.ledger.tables import metadata
+from provisioner.states import Status
+from stacks.spec import NodeSpec
+from tests.support.records import make_record
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    ledger = Ledger.create(tmp_path / "data" / "ledger.db")
+    yield ledger
+    ledger.close()
+
+
+def test_the_migrations_make_what_the_tables_say(ledger: Ledger) -> None:
+    engine = sa.create_engine(f"sqlite:///{ledger.path}")
+    with engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+    engine.dispose()
+
+
+def test_the_schema_in_the_code_is_the_newest_migration() -> None:
+    scripts = ScriptDirectory(str(Path(database.__file__).parent / "migrations"))
+    assert scripts.get_current_head() == database.SCHEMA
+
+
+def test_a_ledger_keeps_its_id(ledger: Ledger) -> None:
+    assert Ledger.open(ledger.path).id == ledger.id
+
+
+def test_no_ledger_is_never_an_empty_one(tmp_path: Path) -> None:
+    with pytest.raises(LedgerMismatch, match="no ledger at") as caught:
+        Ledger.open(tmp_path / "ledger.db")
+    assert "MACHINEUSE_DATA_DIR" in caught.value.explain()
+    assert not (tmp_path / "ledger.db").exists()
+
+
+def test_a_file_that_is_no_ledger_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    path.touch()
+    with pytest.raises(LedgerMismatch):
+        Ledger.open(path)
+
+
+def test_an_instance_comes_back_as_it_was_written(ledger: Ledger) -> None:
+    record = make_record()
+    ledger.instances.create(lambda _: (record, "made"))
+    assert ledger.instances.get(record.id) == record
+    assert ledger.events.list(instance_id=record.id)[0].message == "made"
+
+
+def test_snapshots_belong_to_their_instance_and_go_with_it(ledger: Ledger) -> None:
+    snapshot = SnapshotRecord(
+        instance_id="mu-test", generation=3, node_id="local", state=SnapshotState.VERIFIED, bytes=5, created_at=1.0
+    )
+    ledger.instances.create(lambda _: (make_record(), "made"))
+    ledger.instances.change("mu-test", lambda *_: Update(put_snapshots=(snapshot,)))
+    assert ledger.instances.get("mu-test").snapshots == (snapshot,)
+    assert ledger.instances.change("mu-test", lambda *_: Update(remove=True)) is None
+    ledger.instances.create(lambda _: (make_record(), "made"))
+    assert ledger.instances.get("mu-test").snapshots == ()
+
+
+def test_a_decision_that_raises_writes_nothing(ledger: Ledger) -> None:
+    ledger.instances.create(lambda _: (make_record(), "made"))
+
+    def refuse(_record: InstanceRecord, _loads: LoadReader) -> Update:
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        ledger.instances.change("mu-test", refuse)
+    assert ledger.instances.get("mu-test") == make_record()
+    with pytest.raises(NotFound):
+        ledger.instances.change("mu-other", lambda *_: Update())
+
+
+def test_pages_are_stable_and_filtered(ledger: Ledger) -> None:
+    for number in range(5):
+        status = Status.DORMANT if number % 2 else Status.RUNNING
+        record = make_record(id=f"mu-{number}", created_at=100.0, status=status, debug_port=None, stream_port=None)
+        ledger.instances.create(lambda _, record=record: (record, "made"))
+    page, total = ledger.instances.page(limit=2, offset=2)
+    assert [r.id for r in page] == ["mu-2", "mu-3"]
+    assert total == 5
+    assert [r.id for r in ledger.instances.page(status=Status.DORMANT)[0]] == ["mu-1", "mu-3"]
+    assert ledger.instances.page(node_id="elsewhere") == ([], 0)
+
+
+def test_one_port_is_never_given_twice_to_callers_of_the_same_moment(ledger: Ledger) -> None:
+    ledger.nodes.sync([NodeSpec(id="local")])
+
+    def create(number: int) -> None:
+        def draft(loads: LoadReader) -> tuple[InstanceRecord, str]:
+            taken = {port for load in loads() for port in load.ports}
+            free = next(port for port in range(21000, 22000, 2) if port not in taken)
+            return make_record(id=f"mu-{number}", debug_port=free, stream_port=free + 1), "made"
+
+        ledger.instances.create(draft)
+
+    threads = [threading.Thread(target=create, args=(number,)) for number in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ports = [record.debug_port for record in ledger.instances.all()]
+    assert len(set(ports)) == 12
+    assert ledger.instances.loads()[0].instances == 12
+
+
+def test_released_ports_are_free_again(ledger: Ledger) -> None:
+    ledger.instances.create(lambda _: (make_record(), "made"))
+    assert ledger.instances.loads()[0].ports == {21000, 21001}
+    ledger.instances.change("mu-test", lambda *_: Update(release_ports=True))
+    assert ledger.instances.loads()[0].ports == frozenset()
