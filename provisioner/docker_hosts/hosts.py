@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 import docker
 import requests
 import urllib3
-from docker.errors import APIError, DockerException, NotFound
+from docker.errors import APIError, DockerException, NotFound, create_api_error_from_http_exception
 
 from provisioner.errors import DockerError, DockerNotFound, MachineuseError, NodeUnreachable, PortTaken
 
@@ -165,6 +165,18 @@ class DockerHost:
         info: dict[str, Any] = self.call("report on itself", self.api.info)
         self._alive_at = time.monotonic()
         return info
+
+    def post(self, what: str, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """POST to the engine's API what docker-py has no function for, as work; return its JSON answer."""
+        api = self.slow_api
+        with self.errors(what):
+            response = api.post(f"{api.base_url}/v{api.api_version}{path}", json=body, timeout=self.slow_timeout_s)
+            try:
+                response.raise_for_status()
+            except requests.exceptions.HTTPError as error:
+                create_api_error_from_http_exception(error)
+            answer: dict[str, Any] = response.json() if response.content else {}
+            return answer
 
     def close(self) -> None:
         """Close idle connections; the next use connects again."""

@@ -13,7 +13,7 @@ from typing import Protocol
 INSTANCE_LABEL = "machineuse.instance"
 LEDGER_LABEL = "machineuse.ledger"
 URN_LABEL = "machineuse.urn"
-PIDS_LABEL = "machineuse.pids-limit"
+PIDS_LABEL = "machineuse.pids"
 """Bounds the number of processes in a container: no input of pulumi_docker's Container does."""
 
 

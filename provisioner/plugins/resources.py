@@ -138,11 +138,12 @@ class ResourceType(ABC):
     def read(self, call: Call, *, id: str, inputs: Properties, outputs: Properties) -> Found | None:
         """Return the resource as it is now, or None when it is gone."""
 
-    @abstractmethod
     def update(
         self, call: Call, *, id: str, old_inputs: Properties, old_outputs: Properties, news: Properties
     ) -> Properties:
-        """Change the resource in place; return its new outputs."""
+        """Change the resource in place; return its new outputs. For types whose every change replaces: never called."""
+        del id, old_inputs, old_outputs, news
+        raise AssertionError(f"{call.urn} can't be changed in place")
 
     @abstractmethod
     def delete(self, call: Call, *, id: str, inputs: Properties, outputs: Properties) -> None:

@@ -1,0 +1,29 @@
+"""The docker plugin as a whole."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from provisioner.docker_hosts.hosts import DockerHosts
+from provisioner.plugins.base import PluginServicer
+from provisioner.plugins.docker import containers, networks, volumes
+from provisioner.plugins.policy import DeletePolicy
+
+
+class DockerProvider(PluginServicer):
+    """Serves Volume, Container and Network; a provider resource is configured with the `host` of its engine."""
+
+    package: ClassVar[str] = "docker"
+    version: ClassVar[str] = "5.2.0"
+    config_keys: ClassVar[frozenset[str]] = frozenset({"host"})
+
+    def __init__(self, *, hosts: DockerHosts, policy: DeletePolicy, engine_address: str = "") -> None:
+        """Reach engines through `hosts`, and ask `policy` before every delete."""
+        super().__init__(
+            {
+                containers.TOKEN: containers.ContainerType(hosts, policy),
+                networks.TOKEN: networks.NetworkType(hosts, policy),
+                volumes.TOKEN: volumes.VolumeType(hosts, policy),
+            },
+            engine_address=engine_address,
+        )

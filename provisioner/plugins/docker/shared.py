@@ -1,0 +1,76 @@
+"""What the resource types of the docker package have in common: the host, labels, and deletes by policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import structlog
+
+from provisioner.docker_hosts.hosts import LOCAL_ENGINE, DockerHost, DockerHosts
+from provisioner.errors import NodeUnreachable, StillWanted
+from provisioner.plugins.policy import LEDGER_LABEL, URN_LABEL, DeleteDecision, DeletePolicy
+from provisioner.plugins.resources import Call
+from provisioner.plugins.values import Properties
+
+log = structlog.get_logger(__name__)
+
+
+def read_labels(properties: Mapping[str, Any]) -> dict[str, str]:
+    """Return the labels of a resource's inputs or outputs as a map."""
+    return {item["label"]: item["value"] for item in properties.get("labels") or []}
+
+
+def write_labels(labels: Mapping[str, str] | None) -> list[dict[str, str]]:
+    """Return labels in the form of inputs and outputs."""
+    return [{"label": label, "value": value} for label, value in sorted((labels or {}).items())]
+
+
+def is_ours(live: Mapping[str, str] | None, *, wanted: Mapping[str, str]) -> bool:
+    """Say whether something that exists was made for the resource whose labels are `wanted`.
+
+    URN and ledger name a resource in the world. One that is wanted without them is never taken for ours.
+    """
+    if URN_LABEL not in wanted or LEDGER_LABEL not in wanted:
+        return False
+    return all((live or {}).get(label) == wanted[label] for label in (URN_LABEL, LEDGER_LABEL))
+
+
+class DockerResources:
+    """Base of the package's resource types: finds the host of a call and asks before it deletes."""
+
+    def __init__(self, hosts: DockerHosts, policy: DeletePolicy) -> None:
+        self._hosts = hosts
+        self._policy = policy
+
+    def _host(self, call: Call) -> DockerHost:
+        return self._hosts.get(str(call.config.get("host") or LOCAL_ENGINE))
+
+    def _delete(
+        self,
+        call: Call,
+        *,
+        kind: str,
+        name: str,
+        outputs: Properties,
+        remove: Callable[[DockerHost, DeleteDecision], None],
+    ) -> None:
+        """Run `remove` if the policy allows it.
+
+        Raises `StillWanted`, with nothing touched, when it does not. A node that does not answer is `NodeUnreachable`,
+        unless the policy says `force`: then what is left there is noted, and the resource counts as deleted.
+        """
+        host = self._host(call)
+        decision = self._policy.check_delete(
+            urn=call.urn, labels=read_labels(outputs), kind=kind, replacing=call.replacing
+        )
+        if not decision.allowed:
+            raise StillWanted(decision.reason or f"The {kind} {name} is still wanted.", detail=call.urn)
+        try:
+            remove(host, decision)
+        except NodeUnreachable as error:
+            if not decision.force:
+                raise
+            log.warning("left on unreachable node", kind=kind, name=name, host=host.url, urn=call.urn)
+            call.warn(f"{error.message} The {kind} {name} is left there until it is back.")
+            self._policy.note_leftover(urn=call.urn, host=host.url, name=name)

@@ -1,0 +1,98 @@
+"""docker:index/volume:Volume."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from provisioner.docker_hosts.hosts import DockerHost
+from provisioner.docker_hosts.volumes import ensure_volume, find_volume, remove_volume
+from provisioner.errors import DockerError
+from provisioner.plugins.docker.properties import (
+    LABELS,
+    TEXT,
+    TEXT_MAP,
+    Property,
+    as_declared,
+    check_inputs,
+    compare,
+    keep_wording,
+)
+from provisioner.plugins.docker.shared import DockerResources, is_ours, read_labels, write_labels
+from provisioner.plugins.policy import LEDGER_LABEL, URN_LABEL, DeleteDecision
+from provisioner.plugins.resources import Call, Checked, Created, Difference, Found, ResourceType
+from provisioner.plugins.values import Properties
+
+TOKEN = "docker:index/volume:Volume"
+TABLE = {
+    "name": Property(TEXT, required=True),
+    "labels": Property(LABELS),
+    "driver": Property(TEXT),
+    "driverOpts": Property(TEXT_MAP),
+}
+
+
+class VolumeType(DockerResources, ResourceType):
+    """A named volume. One that was made for the same URN and ledger is always adopted: its files are the point."""
+
+    computed = frozenset({"driver", "mountpoint"})
+
+    def check(self, call: Call, *, olds: Properties, news: Properties) -> Checked:
+        del call, olds
+        return check_inputs(TABLE, news)
+
+    def diff(
+        self, call: Call, *, id: str, old_inputs: Properties, old_outputs: Properties, news: Properties
+    ) -> Difference:
+        del call, id
+        return compare(TABLE, old_inputs=old_inputs, old_outputs=old_outputs, news=news)
+
+    def create(self, call: Call, *, inputs: Properties) -> Created:
+        host = self._host(call)
+        name, labels = inputs["name"], read_labels(inputs)
+        live = ensure_volume(
+            host, name, labels=labels, driver=inputs.get("driver"), driver_opts=inputs.get("driverOpts")
+        )
+        if not is_ours(live.get("Labels"), wanted=labels) and (live.get("Labels") or {}) != labels:
+            raise DockerError(
+                f"The volume {name} on {host.url} exists, but it was not made for this resource.",
+                detail=f"its labels: {live.get('Labels')}",
+                resolution="Rename or remove it; Machineuse takes no volume that it did not make.",
+            )
+        return Created(id=name, outputs=keep_wording(TABLE, olds=inputs, news=read_outputs(live)))
+
+    def read(self, call: Call, *, id: str, inputs: Properties, outputs: Properties) -> Found | None:
+        live = find_volume(self._host(call), id)
+        if live is None:
+            return None
+        now = keep_wording(TABLE, olds=outputs, news=read_outputs(live))
+        return Found(id=id, inputs=as_declared(TABLE, inputs=inputs, outputs=now), outputs=now)
+
+    def delete(self, call: Call, *, id: str, inputs: Properties, outputs: Properties) -> None:
+        del inputs
+        recorded = read_labels(outputs)
+
+        def remove(host: DockerHost, decision: DeleteDecision) -> None:
+            del decision
+            live = find_volume(host, id)
+            if live is not None and URN_LABEL in recorded and not is_ours(live.get("Labels"), wanted=recorded):
+                raise DockerError(
+                    f"The volume {id} on {host.url} is not the one that was made for this resource; it is kept.",
+                    detail=f"its labels: {live.get('Labels')}; expected {URN_LABEL} and {LEDGER_LABEL} of {recorded}",
+                    resolution="Remove it by hand if it is not needed.",
+                )
+            remove_volume(host, id)
+
+        self._delete(call, kind="volume", name=id, outputs=outputs, remove=remove)
+
+
+def read_outputs(live: dict[str, Any]) -> Properties:
+    """Return the outputs of a volume as Docker describes it."""
+    return {
+        "cluster": None,
+        "driver": live["Driver"],
+        "driverOpts": live.get("Options") or None,
+        "id": live["Name"],
+        "labels": write_labels(live.get("Labels")),
+        "mountpoint": live["Mountpoint"],
+        "name": live["Name"],
+    }
