@@ -50,11 +50,11 @@ set -eu
 [ "$(cat "/from/$STAMP_NAME")" = "$STAMP" ] || { echo "The node's copy is not of this snapshot."; exit 3; }
 find /to -mindepth 1 -delete
 cp -a /from/home/. /to/
-find /to -name 'Singleton*' ! -type d -delete
+find /to \( -name SingletonLock -o -name SingletonCookie -o -name SingletonSocket \) ! -type d -delete
 printf %s "$MARK" > "/to/$MARK_NAME"
 """
 _EMPTY = "find /to -mindepth 1 -delete"
-_UNLOCK = 'cd /to && for lock in "$@"; do rm -f -- "$lock"; done'
+_UNLOCK = 'cd /to && for lock in "$@"; do rm -f -- "$lock" || true; done'
 
 
 class DockerMachine:

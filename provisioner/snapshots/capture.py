@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 
 import structlog
 
-from provisioner.errors import DockerNotFound, MachineuseError, SnapshotCorrupt, SnapshotFailed, SnapshotMissing
+from provisioner.errors import DockerNotFound, MachineuseError, SnapshotFailed, SnapshotMissing
 from provisioner.snapshots.changes import (
     EPHEMERAL,
     MANAGED,
@@ -121,10 +121,13 @@ class Capture:
         Raises:
             SnapshotFailed: no snapshot was taken; the container has been started again, or `message` says why not.
         """
-        done = self._find_completed()
+        started = time.monotonic()
+        try:
+            done = self._find_completed()
+        except MachineuseError as error:
+            raise self._give_up(error) from error
         if done is not None:
             return done
-        started = time.monotonic()
         for step in self.steps:
             try:
                 step.run()
@@ -252,8 +255,6 @@ class Capture:
             manifest = self._store.read_manifest(snapshot)
         except SnapshotMissing:
             return None
-        except SnapshotCorrupt as error:
-            raise SnapshotFailed(error.message, detail=error.detail, resolution=error.resolution) from error
         with contextlib.suppress(DockerNotFound):  # a container that is gone has not run since
             facts = self._machine.inspect_container(self._request.container)
             if facts.started_at != manifest.run_started_at:

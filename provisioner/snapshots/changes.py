@@ -117,6 +117,8 @@ class ChangesTar:
     def _exported(self) -> Iterator[tuple[str, tarfile.TarInfo, _Content]]:
         with self.machine.export_container(self.container) as chunks:
             for member, content in _members(chunks):
+                if member.islnk():
+                    member.linkname = _absolute(member.linkname).lstrip("/")
                 yield _absolute(member.name), member, content
 
     def _fetched(self, wanted: Iterable[str], trees: _Below) -> Iterator[tuple[str, tarfile.TarInfo, _Content]]:

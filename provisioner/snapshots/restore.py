@@ -30,7 +30,7 @@ from provisioner.snapshots.tars import CHUNK_BYTES, read_tar
 
 log = structlog.get_logger(__name__)
 
-LOCK_PREFIX = "Singleton"
+LOCKS = frozenset({"SingletonLock", "SingletonCookie", "SingletonSocket"})
 """Chromium's locks; a stale one names a container that is gone and keeps the browser from starting."""
 
 
@@ -182,7 +182,7 @@ class _Restoring:
         self.progress("verifying the archive")
 
         def note_locks(part: PartName, name: str) -> None:
-            if part is PartName.HOME and PurePosixPath(name).name.startswith(LOCK_PREFIX):
+            if part is PartName.HOME and PurePosixPath(name).name in LOCKS:
                 self.locks.append(name.partition("/")[2])
 
         verify_snapshot(self.store, self.manifest, on_entry=note_locks)

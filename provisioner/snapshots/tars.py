@@ -99,7 +99,7 @@ class TarScanner:
             return
         if self._zero_blocks:
             raise TarBroken("there is data after the end mark")
-        if int(block[148:156].strip(b" \0") or b"0", 8) != sum(block[:148]) + 256 + sum(block[156:]):
+        if _number(block[148:156]) != sum(block[:148]) + 256 + sum(block[156:]):
             raise TarBroken(f"the header of entry {self.entries + 1} has a wrong checksum")
         kind = block[156:157]
         size = _number(block[124:136])

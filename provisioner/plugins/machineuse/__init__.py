@@ -1,0 +1,5 @@
+"""The `machineuse` package: `Snapshot`, `Restore` and `Claim`, resources that no other provider has."""
+
+from provisioner.plugins.machineuse.servicer import MachineusePlugin
+
+__all__ = ["MachineusePlugin"]

@@ -1,0 +1,30 @@
+"""The servicer of the `machineuse` package."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from provisioner.docker_hosts.hosts import DockerHosts
+from provisioner.plugins.base import PluginServicer
+from provisioner.plugins.machineuse import claim, restore, snapshot
+from provisioner.plugins.policy import DeletePolicy
+from provisioner.snapshots.store import SnapshotStore
+
+
+class MachineusePlugin(PluginServicer):
+    """Serves `Snapshot`, `Restore` and `Claim`."""
+
+    package: ClassVar[str] = "machineuse"
+    version: ClassVar[str] = "0.1.0"
+
+    def __init__(
+        self, *, store: SnapshotStore, hosts: DockerHosts, policy: DeletePolicy, engine_address: str = ""
+    ) -> None:
+        super().__init__(
+            {
+                snapshot.TYPE: snapshot.SnapshotType(store=store, hosts=hosts, policy=policy),
+                restore.TYPE: restore.RestoreType(store=store, hosts=hosts, policy=policy),
+                claim.TYPE: claim.ClaimType(),
+            },
+            engine_address=engine_address,
+        )

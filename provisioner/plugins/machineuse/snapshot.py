@@ -1,0 +1,164 @@
+"""`machineuse:index:Snapshot`: an instance's home volume and changes, kept while nothing of it runs.
+
+Creating it is taking the snapshot, and only what is verified is created. It is never replaced because its container is
+gone: that is what it is for. Deleting it removes the quick copy, the image built from it, and, last, the archive.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import ClassVar
+
+from provisioner.docker_hosts.archives import DockerMachine
+from provisioner.docker_hosts.hosts import DockerHosts
+from provisioner.errors import NodeUnreachable, SnapshotCorrupt, SnapshotMissing, StillWanted
+from provisioner.plugins.machineuse.inputs import SnapshotInputs, check, differ, parse
+from provisioner.plugins.policy import INSTANCE_LABEL, LEDGER_LABEL, URN_LABEL, DeletePolicy
+from provisioner.plugins.resources import Call, Checked, Created, Difference, Found, ResourceType
+from provisioner.plugins.values import Properties
+from provisioner.snapshots.capture import Capture, CaptureRequest, CaptureResult
+from provisioner.snapshots.machine import Volumes
+from provisioner.snapshots.manifest import Manifest
+from provisioner.snapshots.restore import restored_tag
+from provisioner.snapshots.store import SnapshotStore
+
+TYPE = "machineuse:index:Snapshot"
+_CLUSTER_LABEL = "machineuse.cluster"
+_GENERATION_LABEL = "machineuse.generation"
+
+
+class SnapshotType(ResourceType):
+    """Takes, finds and removes snapshots."""
+
+    computed: ClassVar[frozenset[str]] = frozenset(
+        {"manifestSha256", "bytes", "entries", "createdAt", "parts", "stoppedCleanly", "quickCopy", "quickCopyError"}
+    )
+
+    def __init__(self, *, store: SnapshotStore, hosts: DockerHosts, policy: DeletePolicy) -> None:
+        self._store = store
+        self._hosts = hosts
+        self._policy = policy
+
+    def check(self, call: Call, *, olds: Properties, news: Properties) -> Checked:
+        """Validate the inputs and fill in defaults."""
+        del call, olds
+        return check(SnapshotInputs, news)
+
+    def diff(
+        self, call: Call, *, id: str, old_inputs: Properties, old_outputs: Properties, news: Properties
+    ) -> Difference:
+        """See a difference only in which snapshot it is: everything else tells where it was taken from."""
+        del call, id
+        return differ(("instance", "generation"), old=old_outputs | old_inputs, new=news)
+
+    def create(self, call: Call, *, inputs: Properties) -> Created:
+        """Take the snapshot, or find the one that an interrupted run completed; raises `SnapshotFailed`."""
+        wanted = parse(SnapshotInputs, inputs)
+        result = Capture(
+            CaptureRequest(
+                snapshot=wanted.snapshot,
+                cluster=wanted.cluster,
+                node_id=wanted.node_id,
+                container=wanted.container,
+                volumes=Volumes(home=wanted.volume, copy=wanted.copy_volume, home_path=wanted.home_path),
+                image=wanted.image,
+                stop_timeout_s=wanted.stop_timeout_s,
+                labels=_labels(wanted, call.urn) | {_GENERATION_LABEL: str(wanted.generation)},
+            ),
+            machine=self._machine(wanted),
+            store=self._store,
+            progress=call.progress,
+        ).run()
+        if result.copy_error is not None:
+            call.warn(f"Snapshot {wanted.snapshot} is whole, but the node kept no quick copy: {result.copy_error}")
+        if not result.manifest.stopped_cleanly:
+            call.warn("The browser had to be killed: the last seconds of its profile may be missing in the snapshot.")
+        return Created(id=str(wanted.snapshot), outputs=_outputs(inputs, result))
+
+    def read(self, call: Call, *, id: str, inputs: Properties, outputs: Properties) -> Found | None:
+        """Say whether the snapshot is still in the store; a damaged one is: it is for people to decide about."""
+        wanted = parse(SnapshotInputs, outputs | inputs)
+        try:
+            self._store.read_manifest(wanted.snapshot)
+        except SnapshotMissing:
+            return None
+        except SnapshotCorrupt as error:
+            call.warn(error.explain())
+        return Found(id=id, inputs=inputs, outputs=outputs)
+
+    def update(
+        self, call: Call, *, id: str, old_inputs: Properties, old_outputs: Properties, news: Properties
+    ) -> Properties:
+        """Take over new inputs; there is nothing to do for them."""
+        del call, id, old_inputs
+        return old_outputs | news
+
+    def delete(self, call: Call, *, id: str, inputs: Properties, outputs: Properties) -> None:
+        """Remove the quick copy, the restored image and the archive.
+
+        Raises:
+            StillWanted: the policy says no.
+            NodeUnreachable: the node does not answer, and the deletion is not forced.
+            SnapshotFailed: the store can't be written.
+        """
+        del id
+        gone = parse(SnapshotInputs, outputs | inputs)
+        decision = self._policy.check_delete(
+            urn=call.urn, labels=_labels(gone, call.urn), kind="snapshot", replacing=call.replacing
+        )
+        if not decision.allowed:
+            raise StillWanted(decision.reason)
+        machine = self._machine(gone)
+        leftovers: dict[str, Callable[[], object]] = {
+            gone.copy_volume: lambda: machine.remove_copy(gone.copy_volume),
+            restored_tag(gone.snapshot): lambda: machine.remove_image(restored_tag(gone.snapshot)),
+        }
+        for name, remove in leftovers.items():
+            try:
+                remove()
+            except NodeUnreachable:
+                if not decision.force:
+                    raise
+                self._policy.note_leftover(urn=call.urn, host=gone.docker_host, name=name)
+                call.warn(f"{name} is left on node {gone.node_id}, which does not answer; it is removed later.")
+        self._store.delete(gone.snapshot)
+
+    def _machine(self, inputs: SnapshotInputs) -> DockerMachine:
+        return DockerMachine(self._hosts.get(inputs.docker_host), helper_image=inputs.helper_image)
+
+
+def _labels(inputs: SnapshotInputs, urn: str) -> dict[str, str]:
+    return {
+        _CLUSTER_LABEL: inputs.cluster,
+        INSTANCE_LABEL: inputs.instance,
+        LEDGER_LABEL: inputs.ledger_id,
+        URN_LABEL: urn,
+    }
+
+
+def _outputs(inputs: Properties, result: CaptureResult) -> Properties:
+    manifest = result.manifest
+    return inputs | {
+        "manifestSha256": hashlib.sha256(manifest.to_json()).hexdigest(),
+        "bytes": manifest.stored_bytes,
+        "entries": manifest.home.entries,
+        "createdAt": manifest.created_at.isoformat(),
+        "parts": _parts(manifest),
+        "stoppedCleanly": manifest.stopped_cleanly,
+        "quickCopy": result.copied,
+        "quickCopyError": result.copy_error,
+    }
+
+
+def _parts(manifest: Manifest) -> list[Properties]:
+    return [
+        {
+            "name": part.name.value,
+            "bytes": part.bytes,
+            "sha256": part.sha256,
+            "uncompressedBytes": part.uncompressed_bytes,
+            "entries": part.entries,
+        }
+        for part in manifest.parts
+    ]

@@ -1,0 +1,122 @@
+"""Snapshots in the program: taking one and giving one back are resources, served by the `machineuse` plugin."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pulumi
+
+SNAPSHOT_TYPE = "machineuse:index:Snapshot"
+RESTORE_TYPE = "machineuse:index:Restore"
+
+
+class _Resource(pulumi.CustomResource):
+    """Gives outputs Python's names: the engine calls `quickCopy` what the program calls `quick_copy`."""
+
+    def translate_output_property(self, prop: str) -> str:
+        return re.sub(r"(?<=[a-z0-9])([A-Z])", lambda match: "_" + match[1].lower(), prop)
+
+
+class Snapshot(_Resource):
+    """A verified snapshot of an instance. Creating it stops the instance's container and leaves it stopped."""
+
+    bytes: pulumi.Output[int]
+    """Size in the store."""
+    created_at: pulumi.Output[str]
+    entries: pulumi.Output[int]
+    manifest_sha256: pulumi.Output[str]
+    parts: pulumi.Output[list[dict[str, Any]]]
+    quick_copy: pulumi.Output[bool]
+    """Whether the node keeps a copy for a quick start."""
+    quick_copy_error: pulumi.Output[str | None]
+    stopped_cleanly: pulumi.Output[bool]
+
+    def __init__(
+        self,
+        resource_name: str,
+        *,
+        cluster: pulumi.Input[str],
+        ledger_id: pulumi.Input[str],
+        instance: pulumi.Input[str],
+        generation: pulumi.Input[int],
+        node_id: pulumi.Input[str],
+        docker_host: pulumi.Input[str],
+        container: pulumi.Input[str],
+        volume: pulumi.Input[str],
+        image: pulumi.Input[str],
+        home_path: pulumi.Input[str],
+        copy_volume: pulumi.Input[str],
+        helper_image: pulumi.Input[str],
+        stop_timeout_s: pulumi.Input[int],
+        opts: pulumi.ResourceOptions | None = None,
+    ) -> None:
+        inputs = {
+            "cluster": cluster,
+            "ledgerId": ledger_id,
+            "instance": instance,
+            "generation": generation,
+            "nodeId": node_id,
+            "dockerHost": docker_host,
+            "container": container,
+            "volume": volume,
+            "image": image,
+            "homePath": home_path,
+            "copyVolume": copy_volume,
+            "helperImage": helper_image,
+            "stopTimeoutS": stop_timeout_s,
+        }
+        outputs = (
+            "bytes",
+            "createdAt",
+            "entries",
+            "manifestSha256",
+            "parts",
+            "quickCopy",
+            "quickCopyError",
+            "stoppedCleanly",
+        )
+        super().__init__(SNAPSHOT_TYPE, resource_name, inputs | dict.fromkeys(outputs), opts)
+
+
+class Restore(_Resource):
+    """A home volume filled from a snapshot, before a container uses it."""
+
+    image: pulumi.Output[str]
+    """The image for the instance's container: the original one, or one with what the instance had changed above it."""
+    method_used: pulumi.Output[str]
+    fallback_reason: pulumi.Output[str | None]
+    bytes: pulumi.Output[int]
+
+    def __init__(
+        self,
+        resource_name: str,
+        *,
+        cluster: pulumi.Input[str],
+        ledger_id: pulumi.Input[str],
+        instance: pulumi.Input[str],
+        snapshot_generation: pulumi.Input[int],
+        method: pulumi.Input[str],
+        node_id: pulumi.Input[str],
+        docker_host: pulumi.Input[str],
+        volume: pulumi.Input[str],
+        image: pulumi.Input[str],
+        helper_image: pulumi.Input[str],
+        copy_volume: pulumi.Input[str],
+        opts: pulumi.ResourceOptions | None = None,
+    ) -> None:
+        inputs = {
+            "cluster": cluster,
+            "ledgerId": ledger_id,
+            "instance": instance,
+            "snapshotGeneration": snapshot_generation,
+            "method": method,
+            "nodeId": node_id,
+            "dockerHost": docker_host,
+            "volume": volume,
+            "image": image,
+            "helperImage": helper_image,
+            "copyVolume": copy_volume,
+        }
+        outputs = ("methodUsed", "fallbackReason", "bytes")
+        super().__init__(RESTORE_TYPE, resource_name, inputs | dict.fromkeys(outputs), opts)
