@@ -14,14 +14,14 @@ from stacks.spec import BROWSER_IMAGE, DEFAULT_IMAGE, ClusterSpec
 _FIRST = f"""\
 # One cluster: its nodes, and which image runs for which name. Change it, then restart the service or run `pulumi up`.
 config:
-  machineuse:nodes:
+  cluster:nodes:
     - id: local
       host: unix:///var/run/docker.sock
       address: localhost # where clients reach the instances' ports
       bind_ip: 127.0.0.1 # where those ports are published
       ports: {{ first: 21000, last: 24999 }}
       max_instances: 50
-  machineuse:images:
+  cluster:images:
     {DEFAULT_IMAGE}: {BROWSER_IMAGE}
 """
 
@@ -41,10 +41,10 @@ def read_cluster(project_dir: Path, *, cluster: str) -> ClusterSpec:
     except yaml.YAMLError as error:
         raise SettingsError(f"{path.name} is not YAML: {error}") from error
     config: dict[str, Any] = document.get("config") or {}
-    fields = {name: config[f"machineuse:{name}"] for name in ("nodes", "images") if f"machineuse:{name}" in config}
+    fields = {name: config[f"cluster:{name}"] for name in ("nodes", "images") if f"cluster:{name}" in config}
     try:
         return ClusterSpec.model_validate({"name": cluster, **fields})
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise SettingsError(f"{path.name}: machineuse:{where}: {first['msg']}") from error
+        raise SettingsError(f"{path.name}: cluster:{where}: {first['msg']}") from error

@@ -80,7 +80,7 @@ class Engine:
         }
         self._languages = LanguageServer(_no_program)
         self._server = grpc.server(ThreadPoolExecutor(max_workers=4, thread_name_prefix="language"))
-        language_pb2_grpc.add_LanguageRuntimeServicer_to_server(self._languages, self._server)  # type: ignore[no-untyped-call]
+        language_pb2_grpc.add_LanguageRuntimeServicer_to_server(self._languages, self._server)
         self._port = self._server.add_insecure_port("127.0.0.1:0")
         self._server.start()
         self._process: subprocess.Popen[str] | None = None
@@ -135,7 +135,7 @@ class Engine:
 
     def _update(self, program: Program, *, targets: Sequence[str], refresh: bool) -> UpdateResult:
         started = time.monotonic()
-        self._languages.program = program  # type: ignore[assignment]
+        self._languages.program = program
         with tempfile.TemporaryDirectory(prefix="machineuse-update-") as directory:
             events = Path(directory) / "events.json"
             arguments = ["up", "--yes", "--skip-preview", "--stack", self._stack]

@@ -23,7 +23,7 @@ from stacks.spec import ClusterSpec
 
 async def main() -> None:
     """Declare the cluster named like the stack, with all instances of its ledger."""
-    config = pulumi.Config("machineuse")
+    config = pulumi.Config("cluster")
     fields = {name: config.get_object(name) for name in ("nodes", "images")}
     spec = ClusterSpec.model_validate(
         {"name": pulumi.get_stack(), **{k: v for k, v in fields.items() if v is not None}}

@@ -50,7 +50,7 @@ class Service:
         """Write the cluster's file with one node."""
         local = {"id": "local", "host": ENGINE, "address": "127.0.0.1", "ports": ports, **node}
         path = self.project / f"Pulumi.{self.cluster}.yaml"
-        path.write_text(json.dumps({"config": {"machineuse:nodes": [local]}}))
+        path.write_text(json.dumps({"config": {"cluster:nodes": [local]}}))
 
     # ---- the process
 
