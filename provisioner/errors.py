@@ -116,6 +116,12 @@ class PortTaken(DockerError):
     code = "port_taken"
 
 
+class NotReady(MachineuseError):
+    """An instance did not become usable in time, or its container keeps ending."""
+
+    code = "not_ready"
+
+
 class EngineError(MachineuseError):
     """The Pulumi engine failed as a whole, not one resource in it."""
 

@@ -83,6 +83,23 @@ class Instances:
             _write(connection, record, update)
             return None if update.remove else _read_one(connection, instance_id)
 
+    def change_many(self, instance_ids: Sequence[str], decide: Decide) -> list[str]:
+        """Do what `change` does for many instances in one transaction; return the ids of those that changed.
+
+        Instances that are gone by now are passed over. Whatever `decide` raises undoes all of it.
+        """
+        changed: list[str] = []
+        if not instance_ids:
+            return changed
+        with self._database.write() as connection:
+            for instance_id in instance_ids:
+                found = _read(connection, [tables.instances.c.id == instance_id])
+                update = decide(found[0], lambda: _read_loads(connection)) if found else None
+                if update is not None:
+                    _write(connection, found[0], update)
+                    changed.append(instance_id)
+        return changed
+
     def get(self, instance_id: str) -> InstanceRecord:
         """Return the instance; raise NotFound."""
         with self._database.read() as connection:

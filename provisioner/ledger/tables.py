@@ -5,7 +5,7 @@ Times are seconds since the epoch (UTC), as floats.
 
 from __future__ import annotations
 
-from sqlalchemy import Boolean, Column, Float, ForeignKey, Index, Integer, MetaData, String, Table, Text
+from sqlalchemy import Boolean, Column, Float, ForeignKey, Integer, MetaData, String, Table, Text
 
 metadata = MetaData()
 
@@ -115,17 +115,17 @@ events = Table(
 samples = Table(
     "samples",
     metadata,
-    Column("scope", String(16), primary_key=True),
-    Column("subject", String(64), primary_key=True),
+    # In the order in which they are asked for and pruned; the table is this index, and has no other.
     Column("resolution_s", Integer, primary_key=True),
+    Column("scope", String(16), primary_key=True),
     Column("at", Float, primary_key=True),
-    Column("node_id", String(64), nullable=False),
+    Column("subject", String(64), primary_key=True),
     Column("count", Integer, nullable=False),
     Column("cpu_percent", Float, nullable=False),
     Column("memory_percent", Float, nullable=False),
-    Column("disk_percent", Float, nullable=False),
+    Column("disk_percent", Float),
+    sqlite_with_rowid=False,
 )
-Index("ix_samples_resolution_at", samples.c.resolution_s, samples.c.at)
 
 leftovers = Table(
     "leftovers",

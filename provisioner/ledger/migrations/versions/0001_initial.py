@@ -102,18 +102,17 @@ def upgrade() -> None:
     )
     op.create_table(
         "samples",
-        sa.Column("scope", sa.String(length=16), nullable=False),
-        sa.Column("subject", sa.String(length=64), nullable=False),
         sa.Column("resolution_s", sa.Integer(), nullable=False),
+        sa.Column("scope", sa.String(length=16), nullable=False),
         sa.Column("at", sa.Float(), nullable=False),
-        sa.Column("node_id", sa.String(length=64), nullable=False),
+        sa.Column("subject", sa.String(length=64), nullable=False),
         sa.Column("count", sa.Integer(), nullable=False),
         sa.Column("cpu_percent", sa.Float(), nullable=False),
         sa.Column("memory_percent", sa.Float(), nullable=False),
-        sa.Column("disk_percent", sa.Float(), nullable=False),
-        sa.PrimaryKeyConstraint("scope", "subject", "resolution_s", "at"),
+        sa.Column("disk_percent", sa.Float(), nullable=True),
+        sa.PrimaryKeyConstraint("resolution_s", "scope", "at", "subject"),
+        sqlite_with_rowid=False,
     )
-    op.create_index("ix_samples_resolution_at", "samples", ["resolution_s", "at"], unique=False)
     op.create_table(
         "ports",
         sa.Column("node_id", sa.String(length=64), nullable=False),
@@ -140,7 +139,6 @@ def downgrade() -> None:
     op.drop_table("snapshots")
     op.drop_index(op.f("ix_ports_instance_id"), table_name="ports")
     op.drop_table("ports")
-    op.drop_index("ix_samples_resolution_at", table_name="samples")
     op.drop_table("samples")
     op.drop_table("nodes")
     op.drop_index(op.f("ix_leftovers_node_id"), table_name="leftovers")

@@ -1,0 +1,194 @@
+"""Compares what is on the nodes with the ledger: has lost containers made again, and removes what nobody owns.
+
+A container that is gone or stopped though its instance should run is lost: the converger makes it again around the
+home volume, which stays. A container or volume with our labels whose instance the ledger does not know, in whatever
+state, is an orphan: it is removed. Neither is believed at first sight: both must be seen in two looks in a row, and
+the ledger is asked once more in the transaction, or right before the removal.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import structlog
+
+from provisioner import lifecycle
+from provisioner.changes import Changes
+from provisioner.docker_hosts.containers import remove_container
+from provisioner.docker_hosts.helpers import remove_helpers
+from provisioner.docker_hosts.hosts import DockerHost, DockerHosts
+from provisioner.docker_hosts.inventory import ListedContainer, list_containers, list_volumes
+from provisioner.docker_hosts.volumes import remove_volume
+from provisioner.errors import DockerError, NotFound
+from provisioner.ledger import Ledger
+from provisioner.ledger.records import InstanceRecord, NodeStatus
+from provisioner.states import UP, Wanted
+from stacks.names import CONTAINER_TYPE, Names
+from stacks.spec import ClusterSpec, NodeSpec
+
+log = structlog.get_logger(__name__)
+
+SIGHTINGS = 2
+"""In how many steps in a row something must be seen before it is acted on."""
+VOLUMES_EVERY_STEPS = 6
+"""Listing volumes costs an engine more than listing containers, and what is left there is in nobody's way."""
+
+_STOPPED = frozenset({"created", "exited", "dead", "removing"})
+_CONTAINER, _VOLUME = "container", "volume"
+
+Seen = TypeVar("Seen", bound=Hashable)
+
+
+class Sightings:
+    """Counts in how many steps in a row each thing was seen."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[Hashable] = Counter()
+
+    def see(self, things: Iterable[Seen]) -> list[Seen]:
+        """Take what one step saw; return what was seen often enough. What this step did not see starts anew."""
+        seen = list(things)
+        self._counts = Counter({thing: self._counts[thing] + 1 for thing in seen})
+        return [thing for thing in seen if self._counts[thing] >= SIGHTINGS]
+
+
+class Repair:
+    """Looks after what is on the nodes of one cluster."""
+
+    def __init__(self, ledger: Ledger, *, cluster: ClusterSpec, hosts: DockerHosts, changes: Changes) -> None:
+        self._ledger = ledger
+        self._cluster = cluster
+        self._hosts = hosts
+        self._changes = changes
+        self._names = Names(cluster.name)
+        self._lost = {node.id: Sightings() for node in cluster.nodes}
+        self._orphans = {(node.id, kind): Sightings() for node in cluster.nodes for kind in (_CONTAINER, _VOLUME)}
+        self._steps = 0
+        self._pool = ThreadPoolExecutor(max_workers=len(cluster.nodes), thread_name_prefix="machineuse-repair")
+
+    def step(self) -> None:
+        """Look at every node that is online, all at once."""
+        online = {node.id for node in self._ledger.nodes.list() if node.status is NodeStatus.ONLINE}
+        with_volumes = self._steps % VOLUMES_EVERY_STEPS < SIGHTINGS  # in steps that follow on each other
+        self._steps += 1
+        looks = [
+            self._pool.submit(self._look_at, node, with_volumes=with_volumes)
+            for node in self._cluster.nodes
+            if node.id in online
+        ]
+        for look in looks:
+            look.result()
+
+    def close(self) -> None:
+        """Let go of the threads."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _look_at(self, node: NodeSpec, *, with_volumes: bool) -> None:
+        host = self._hosts.get(node.host)
+        try:
+            self._remove_leftovers(node, host)
+            # The node first, then the ledger: what the ledger knows by then can't be an orphan.
+            containers = list_containers(host, cluster=self._cluster.name, ledger_id=self._ledger.id)
+            volumes = (
+                list_volumes(host, cluster=self._cluster.name, ledger_id=self._ledger.id) if with_volumes else None
+            )
+            records = {record.id: record for record in self._ledger.instances.all()}
+            self._find_lost(node, containers, records.values())
+            owners = [(c.instance_id, c.name) for c in containers]
+            self._remove_orphans(node, host, kind=_CONTAINER, owners=owners, known=records.keys())
+            if volumes is not None:
+                owners = [(v.instance_id, v.name) for v in volumes]
+                self._remove_orphans(node, host, kind=_VOLUME, owners=owners, known=records.keys())
+        except DockerError as error:
+            log.warning("look at a node failed", node=node.id, error=error.message, detail=error.detail)
+
+    # ---- lost
+
+    def _find_lost(self, node: NodeSpec, containers: list[ListedContainer], records: Iterable[InstanceRecord]) -> None:
+        by_name = {container.name: container for container in containers}
+        reasons: dict[tuple[str, int], str] = {}
+        for record in records:
+            if record.node_id != node.id or not _should_run(record):
+                continue
+            container = by_name.get(self._names.docker_container(record.id))
+            if container is None:
+                reasons[record.id, record.generation] = f"its container is gone from node {node.id}"
+            elif container.state in _STOPPED:
+                reasons[record.id, record.generation] = (
+                    f"its container has stopped: {container.status or 'not started'}"
+                )
+        for instance_id, generation in self._lost[node.id].see(reasons):
+            self._repair(instance_id, generation=generation, reason=reasons[instance_id, generation])
+
+    def _repair(self, instance_id: str, *, generation: int, reason: str) -> None:
+        try:
+            now = self._ledger.instances.change(
+                instance_id,
+                lambda r, _: lifecycle.wish_repaired(r, reason=reason) if r.generation == generation else None,
+            )
+        except NotFound:
+            return  # deleted meanwhile
+        if now is not None and now.generation != generation and now.repair:
+            log.warning("container lost", instance=instance_id, reason=reason)
+            self._changes.notify(instance_id)
+            self._changes.work.set()
+
+    # ---- orphans and leftovers
+
+    def _remove_orphans(
+        self,
+        node: NodeSpec,
+        host: DockerHost,
+        *,
+        kind: str,
+        owners: Iterable[tuple[str | None, str]],
+        known: Iterable[str],
+    ) -> None:
+        ids = set(known)
+        suspects = [
+            (instance_id, name) for instance_id, name in owners if instance_id is None or instance_id not in ids
+        ]
+        for instance_id, name in self._orphans[node.id, kind].see(suspects):
+            if instance_id is not None and self._ledger.instances.find(instance_id) is not None:
+                continue
+            if instance_id is None and "-probe-" not in name:
+                continue  # the cluster's, not an instance's
+            try:
+                if kind == _CONTAINER:
+                    remove_container(host, name, kill=True)
+                else:
+                    remove_helpers(host, name)
+                    remove_volume(host, name)
+            except DockerError as error:
+                log.warning("orphan not removed", node=node.id, kind=kind, name=name, error=error.message)
+                continue
+            log.warning("orphan removed", node=node.id, kind=kind, name=name)
+            self._ledger.events.add(
+                "orphan_removed",
+                message=f"{kind} {name} on node {node.id} belonged to no instance and was removed",
+                instance_id=instance_id,
+                node_id=node.id,
+            )
+
+    def _remove_leftovers(self, node: NodeSpec, host: DockerHost) -> None:
+        """Remove what a forced delete had to leave while the node did not answer; containers come first in the list."""
+        left = self._ledger.leftovers.list(node.id)
+        for leftover in sorted(left, key=lambda one: CONTAINER_TYPE not in one.urn):
+            try:
+                if CONTAINER_TYPE in leftover.urn:
+                    remove_container(host, leftover.name, kill=True)
+                else:
+                    remove_helpers(host, leftover.name)
+                    remove_volume(host, leftover.name)
+            except DockerError as error:
+                log.warning("leftover not removed", node=node.id, name=leftover.name, error=error.message)
+                continue
+            log.info("leftover removed", node=node.id, name=leftover.name)
+            self._ledger.leftovers.remove(leftover.id)
+
+
+def _should_run(record: InstanceRecord) -> bool:
+    return record.wanted is Wanted.RUNNING and record.status in UP and record.settled_generation >= record.generation
