@@ -45,6 +45,8 @@ dpkg-deb -x novnc_*.deb novnc
 mkdir -p /usr/share/machineuse/www
 cp -r novnc/usr/share/novnc/core novnc/usr/share/novnc/vendor /usr/share/machineuse/www/
 
+# An image keeps whole seconds only: without this no cache would fit its folder, and each new browser would scan anew.
+find /usr/share/fonts /usr/local/share/fonts -type d -exec touch -d @1700000000 {} + 2>/dev/null
 fc-cache -f
 install -d -m 1777 /tmp/.X11-unix
 groupadd --gid 1000 machine

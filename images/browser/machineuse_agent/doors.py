@@ -31,9 +31,9 @@ Status = Callable[[], Awaitable[dict[str, object]]]
 Connect = Callable[[], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
 
 
-async def _status_answer(status: Status) -> bytes:
+async def _status_answer(status: Status, *, close: bool = False) -> bytes:
     body = json.dumps(await status()).encode()
-    return answer(HTTPStatus.OK, body, content_type="application/json", close=True)
+    return answer(HTTPStatus.OK, body, content_type="application/json", close=close)
 
 
 async def _close(*writers: asyncio.StreamWriter) -> None:
@@ -78,14 +78,15 @@ class CdpDoor:
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one client until either side closes."""
         try:
-            head = await read_head(reader)
-            if head is None:
-                return
-            if head.raw.startswith(_STATUS_START):
+            while head := await read_head(reader):
+                if not head.raw.startswith(_STATUS_START):
+                    with self._activity.connection(Door.CDP):
+                        await self._pass_through(head, reader, writer)
+                    return
                 writer.write(await _status_answer(self._status))
-                return
-            with self._activity.connection(Door.CDP):
-                await self._pass_through(head, reader, writer)
+                await writer.drain()
+        except OSError:
+            return
         finally:
             await _close(writer)
 
@@ -93,7 +94,7 @@ class CdpDoor:
         try:
             await asyncio.wait_for(self._browser_up.wait(), _BROWSER_WAIT_S)
             up_reader, up_writer = await self._connect()
-        except (OSError, asyncio.TimeoutError):
+        except (OSError, asyncio.TimeoutError):  # noqa: UP041 - two classes in Python 3.10
             writer.write(answer(HTTPStatus.BAD_GATEWAY, b"The browser is not up.\n", close=True))
             return
         try:
@@ -112,7 +113,7 @@ class CdpDoor:
         while data := await reader.read(_CHUNK_BYTES):
             if http:
                 if data.startswith(_STATUS_START):  # on a connection that a client keeps for all its requests
-                    writer.write(await _status_answer(self._status))
+                    writer.write(await _status_answer(self._status, close=True))
                     await writer.drain()
                     return
                 http = b"\r\nupgrade: websocket" not in data.lower()
@@ -138,13 +139,11 @@ class LiveDoor:
         """Serve one client, request by request, until it closes or turns to VNC."""
         try:
             while head := await read_head(reader):
-                if head.path == STATUS_PATH:
-                    writer.write(await _status_answer(self._status))
-                    return
                 if head.wants_websocket:
                     await self._serve_vnc(head, reader, writer)
                     return
-                writer.write(self._file(head))
+                status = head.path == STATUS_PATH
+                writer.write(await _status_answer(self._status) if status else self._file(head))
                 await writer.drain()
                 if head.headers.get("connection", "").lower() == "close":
                     return
@@ -184,7 +183,9 @@ class LiveDoor:
         writer.write(websocket.handshake(key, protocol="binary" if "binary" in offered else None))
         try:
             with self._activity.connection(Door.LIVE):
-                await _either(self._viewer_to_screen(reader, writer, vnc_writer), self._screen_to_viewer(vnc_reader, writer))
+                await _either(
+                    self._viewer_to_screen(reader, writer, vnc_writer), self._screen_to_viewer(vnc_reader, writer)
+                )
         finally:
             await _close(vnc_writer)
 

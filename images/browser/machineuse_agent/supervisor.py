@@ -12,6 +12,7 @@ import contextlib
 import os
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -39,8 +40,9 @@ _DISABLED_FEATURES = (
 
 
 def log(event: str, **fields: object) -> None:
-    """Print one line for the container's log."""
-    print(event, *(f"{name}={value}" for name, value in fields.items()), flush=True)
+    """Write one line to the container's log."""
+    sys.stdout.write(" ".join([event, *(f"{name}={value}" for name, value in fields.items())]) + "\n")
+    sys.stdout.flush()
 
 
 def chromium_command(*, home: Path, screen: str, restore_tabs: bool) -> list[str]:
@@ -197,7 +199,7 @@ class Supervisor:
         profile = self._home / "chromium"
         for lock in profile.glob("Singleton*"):  # of a browser that is gone, or of another host's
             lock.unlink(missing_ok=True)
-        had_session = restore_tabs and (profile / "Default" / "Sessions").is_dir()
+        had_session = restore_tabs and any((profile / "Default").glob("Sessions*/*"))
         self._chromium = await asyncio.create_subprocess_exec(
             *chromium_command(home=self._home, screen=self._screen, restore_tabs=had_session),
             env={**os.environ, "DISPLAY": _DISPLAY, "NO_AT_BRIDGE": "1", "DBUS_SESSION_BUS_ADDRESS": "disabled:"},
@@ -236,7 +238,7 @@ class Supervisor:
             process.send_signal(by)
         try:
             await asyncio.wait_for(process.wait(), within_s)
-        except asyncio.TimeoutError:
+        except asyncio.TimeoutError:  # noqa: UP041 - two classes in Python 3.10
             log("killed", name=name, after_s=within_s)
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
