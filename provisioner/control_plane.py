@@ -26,6 +26,7 @@ from provisioner.loops import Loop
 from provisioner.plugins.docker.provider import DockerProvider
 from provisioner.plugins.host import PluginHost
 from provisioner.plugins.machineuse.servicer import MachineusePlugin
+from provisioner.preparation import Preparation
 from provisioner.readiness import Readiness
 from provisioner.service import InstanceService
 from provisioner.settings import Settings
@@ -72,6 +73,14 @@ class ControlPlane:
         self._readiness = Readiness(
             self.ledger, cluster=self.cluster, hosts=self.hosts, settings=settings, changes=self.changes
         )
+        self._preparation = Preparation(
+            self.ledger,
+            cluster=self.cluster,
+            hosts=self.hosts,
+            store=self.store,
+            settings=settings,
+            changes=self.changes,
+        )
         self._engine: Engine | None = None
         self._converger: Converger | None = None
         self._loops = [Loop("heartbeat", self._nodes.step, every_s=settings.heartbeat_s)]
@@ -92,6 +101,7 @@ class ControlPlane:
             engine=self._engine,
             changes=self.changes,
             await_ready=self._readiness.watch,
+            prepare=self._preparation.prepare,
         )
         self._readiness.start()
         self._worker.start()
@@ -106,6 +116,7 @@ class ControlPlane:
         for loop in self._loops:
             loop.stop()
         self._readiness.stop()
+        self._preparation.close()
         if self._worker.is_alive():
             self._worker.join(timeout_s)
         if self._engine is not None:

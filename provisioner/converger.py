@@ -107,13 +107,17 @@ class Converger:
         engine: UpdateRunner,
         changes: Changes,
         await_ready: Callable[[InstanceRecord], None],
+        prepare: Callable[[Work], bool],
     ) -> None:
+        """Run updates with `engine`. `prepare` says whether a step may be run now, or raises why it never may;
+        `await_ready` is told of every instance whose container has started."""
         self._ledger = ledger
         self._cluster = cluster
         self._settings = settings
         self._engine = engine
         self._changes = changes
         self._await_ready = await_ready
+        self._prepare = prepare
         self._names = Names(cluster.name)
         self.updates = 0
         """How many updates ran."""
@@ -123,12 +127,21 @@ class Converger:
         now = time.time()
         planned = [work for record in self._ledger.instances.unsettled() if (work := plan(record, names=self._names))]
         due = [work for work in planned if work.record.retry_at <= now][:BATCH]
+        if due and not (due := [work for work in due if self._is_prepared(work)]):
+            return None
         if due:
             # A repair looks at the real container first, which would slow the others down: those go ahead.
             plain = [work for work in due if not work.record.repair]
             self._run(plain or due, refresh=not plain)
             return 0.0
         return max(min(work.record.retry_at for work in planned) - now, 0.0) if planned else None
+
+    def _is_prepared(self, work: Work) -> bool:
+        try:
+            return self._prepare(work)
+        except MachineuseError as error:
+            self._record_failure(work, error)
+            return False
 
     def _run(self, batch: Sequence[Work], *, refresh: bool) -> None:
         specs = specs_of(work.record for work in batch)

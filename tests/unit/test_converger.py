@@ -13,8 +13,8 @@ import pytest
 
 from provisioner import lifecycle
 from provisioner.changes import Changes
-from provisioner.converger import Converger
-from provisioner.errors import EngineError
+from provisioner.converger import Converger, Work
+from provisioner.errors import EngineError, MachineuseError, SnapshotFailed
 from provisioner.guard import LedgerGuard
 from provisioner.ledger import Ledger
 from provisioner.ledger.instances import Update
@@ -37,6 +37,8 @@ class World:
     def __init__(self, path: Path) -> None:
         self.ledger = Ledger.create(path / "ledger.db")
         self.engine = FakeEngine()
+        self.preparing: set[str] = set()
+        self.unprepared: MachineuseError | None = None
         self.engine.before_delete = self._guard
         self.crash()
 
@@ -48,7 +50,13 @@ class World:
             engine=self.engine,
             changes=Changes(),
             await_ready=self._ready,
+            prepare=self._prepare,
         )
+
+    def _prepare(self, work: Work) -> bool:
+        if self.unprepared is not None and work.record.id == ID:
+            raise self.unprepared
+        return work.record.id not in self.preparing
 
     def _ready(self, record: InstanceRecord) -> None:
         self.ledger.instances.change(record.id, lambda r, _: lifecycle.note_ready(r, generation=r.generation))
@@ -233,3 +241,26 @@ def test_a_delete_that_fails_is_tried_again_and_stays_wanted(world: World) -> No
     world.engine.fail_delete = {}
     world.settle()
     assert world.ledger.instances.all() == []
+
+
+def test_what_is_being_prepared_holds_up_nobody_else(world: World) -> None:
+    world.preparing = {"mu-slow"}
+    world.add(id="mu-slow", debug_port=None, stream_port=None)
+    world.add(id="mu-quick", debug_port=None, stream_port=None)
+    world.settle()
+    statuses = {r.id: r.status for r in world.ledger.instances.all()}
+    assert statuses == {"mu-slow": Status.CREATING, "mu-quick": Status.RUNNING}
+    world.preparing = set()
+    world.settle()
+    assert world.ledger.instances.get("mu-slow").status is Status.RUNNING
+
+
+def test_a_preparation_that_fails_is_the_step_failing(world: World) -> None:
+    world.wish_step("create")
+    world.settle()
+    world.wish_step("dormant")
+    world.unprepared = SnapshotFailed("The store is full.")
+    world.settle()
+    assert world.record.status is Status.RUNNING
+    assert world.record.error_message == "The store is full."
+    assert {VOLUME, CONTAINER} <= world.engine.resources

@@ -13,7 +13,7 @@ from typing import ClassVar
 from provisioner.docker_hosts.archives import DockerMachine
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.errors import NodeUnreachable, SnapshotCorrupt, SnapshotMissing, StillWanted
-from provisioner.plugins.machineuse.inputs import SnapshotInputs, check, differ, parse
+from provisioner.plugins.machineuse.inputs import CLUSTER_LABEL, SnapshotInputs, check, differ, parse
 from provisioner.plugins.policy import INSTANCE_LABEL, LEDGER_LABEL, URN_LABEL, DeletePolicy
 from provisioner.plugins.resources import Call, Checked, Created, Difference, Found, ResourceType
 from provisioner.plugins.values import Properties
@@ -24,7 +24,6 @@ from provisioner.snapshots.restore import restored_tag
 from provisioner.snapshots.store import SnapshotStore
 
 TYPE = "machineuse:index:Snapshot"
-_CLUSTER_LABEL = "machineuse.cluster"
 _GENERATION_LABEL = "machineuse.generation"
 
 
@@ -64,7 +63,13 @@ class SnapshotType(ResourceType):
                 volumes=Volumes(home=wanted.volume, copy=wanted.copy_volume, home_path=wanted.home_path),
                 image=wanted.image,
                 stop_timeout_s=wanted.stop_timeout_s,
-                labels=_labels(wanted, call.urn) | {_GENERATION_LABEL: str(wanted.generation)},
+                labels=labels_of(
+                    cluster=wanted.cluster,
+                    instance=wanted.instance,
+                    ledger_id=wanted.ledger_id,
+                    urn=call.urn,
+                    generation=wanted.generation,
+                ),
             ),
             machine=self._machine(wanted),
             store=self._store,
@@ -104,9 +109,14 @@ class SnapshotType(ResourceType):
         """
         del id
         gone = parse(SnapshotInputs, outputs | inputs)
-        decision = self._policy.check_delete(
-            urn=call.urn, labels=_labels(gone, call.urn), kind="snapshot", replacing=call.replacing
+        labels = labels_of(
+            cluster=gone.cluster,
+            instance=gone.instance,
+            ledger_id=gone.ledger_id,
+            urn=call.urn,
+            generation=gone.generation,
         )
+        decision = self._policy.check_delete(urn=call.urn, labels=labels, kind="snapshot", replacing=call.replacing)
         if not decision.allowed:
             raise StillWanted(decision.reason)
         machine = self._machine(gone)
@@ -125,15 +135,21 @@ class SnapshotType(ResourceType):
         self._store.delete(gone.snapshot)
 
     def _machine(self, inputs: SnapshotInputs) -> DockerMachine:
-        return DockerMachine(self._hosts.get(inputs.docker_host), helper_image=inputs.helper_image)
+        return DockerMachine(
+            self._hosts.get(inputs.docker_host),
+            helper_image=inputs.helper_image,
+            labels={CLUSTER_LABEL: inputs.cluster, LEDGER_LABEL: inputs.ledger_id},
+        )
 
 
-def _labels(inputs: SnapshotInputs, urn: str) -> dict[str, str]:
+def labels_of(*, cluster: str, instance: str, ledger_id: str, urn: str, generation: int) -> dict[str, str]:
+    """Return the labels of everything that is made for one snapshot."""
     return {
-        _CLUSTER_LABEL: inputs.cluster,
-        INSTANCE_LABEL: inputs.instance,
-        LEDGER_LABEL: inputs.ledger_id,
+        CLUSTER_LABEL: cluster,
+        INSTANCE_LABEL: instance,
+        LEDGER_LABEL: ledger_id,
         URN_LABEL: urn,
+        _GENERATION_LABEL: str(generation),
     }
 
 
