@@ -7,7 +7,6 @@ done by a short script in a helper container.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import tarfile
@@ -20,8 +19,9 @@ from typing import Any
 
 from docker.errors import APIError
 
-from provisioner.docker_hosts.helpers import HELPER_LABEL, helper_container, remove_helpers, run_helper
+from provisioner.docker_hosts.helpers import HELPER_LABEL, helper_container, run_helper
 from provisioner.docker_hosts.hosts import DockerHost
+from provisioner.docker_hosts.volumes import remove_volume
 from provisioner.errors import DockerError, DockerNotFound
 from provisioner.snapshots.machine import Change, ChangeKind, ContainerFacts, HomeFacts, Volumes
 from provisioner.snapshots.manifest import ImageIdentity
@@ -60,9 +60,11 @@ _UNLOCK = 'cd /to && for lock in "$@"; do rm -f -- "$lock" || true; done'
 class DockerMachine:
     """One node's Docker engine, as `provisioner.snapshots.machine.Machine` describes it."""
 
-    def __init__(self, host: DockerHost, *, helper_image: str) -> None:
+    def __init__(self, host: DockerHost, *, helper_image: str, labels: Mapping[str, str] | None = None) -> None:
+        """Run helpers from `helper_image`, which needs `sh`, `cp` and `find`; `labels` are for helpers and images."""
         self._host = host
         self._helper_image = helper_image
+        self._labels = dict(labels or {})
 
     # -- the instance's container ------------------------------------------------------------------------------------
 
@@ -143,9 +145,7 @@ class DockerMachine:
 
     def remove_copy(self, copy: str) -> None:
         """Remove a copy volume and helpers that still hold it. Idempotent."""
-        remove_helpers(self._host, copy)
-        with contextlib.suppress(DockerNotFound):
-            self._host.call(f"remove the volume {copy}", self._host.slow_api.remove_volume, copy)
+        remove_volume(self._host, copy)
 
     def inspect_home(self, volumes: Volumes) -> HomeFacts:
         """Look into a home volume; raises `DockerNotFound` when there is none."""
@@ -230,10 +230,18 @@ class DockerMachine:
         self._host.call(f"inspect the volume {name}", self._host.api.inspect_volume, name)
 
     def _helper(self, volume: str, *, mounts: Mapping[str, str]) -> AbstractContextManager[str]:
-        return helper_container(self._host, image=self._helper_image, volume=volume, mounts=mounts)
+        return helper_container(self._host, image=self._helper_image, volume=volume, mounts=mounts, labels=self._labels)
 
     def _run(self, volumes: Volumes, script: str, *arguments: str, **helper: Any) -> tuple[int, str]:
-        return run_helper(self._host, script, *arguments, image=self._helper_image, volume=volumes.home, **helper)
+        return run_helper(
+            self._host,
+            script,
+            *arguments,
+            image=self._helper_image,
+            volume=volumes.home,
+            labels=self._labels,
+            **helper,
+        )
 
     # -- images ------------------------------------------------------------------------------------------------------
 
@@ -245,7 +253,7 @@ class DockerMachine:
             self._host.slow_api.create_container,
             image,
             entrypoint=["true"],
-            labels={HELPER_LABEL: image},
+            labels={**self._labels, HELPER_LABEL: image},
             network_disabled=True,
         )
         try:
@@ -286,6 +294,7 @@ class DockerMachine:
                 rm=True,
                 forcerm=True,
                 network_mode="none",
+                labels=self._labels,
                 decode=True,
             )
             for line in lines:

@@ -2,7 +2,7 @@
 
 A helper is root without a network, with the few capabilities that `cp -a` needs. It is named after the volume that it
 works for, so there is one a volume at a time, and what a crash left is replaced by the next one. A left helper keeps
-its volumes from being removed: whoever removes a volume calls `remove_helpers` first.
+its volumes from being removed: `volumes.remove_volume` removes the helpers first.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def helper_container(
     read_only: Sequence[str] = (),
     command: Sequence[str] = ("true",),
     environment: Mapping[str, str] | None = None,
+    labels: Mapping[str, str] | None = None,
 ) -> Iterator[str]:
     """Create a helper for `volume`, which is not started, and remove it afterwards; gives its name.
 
@@ -49,7 +50,7 @@ def helper_container(
         "command": list(command[1:]),
         "user": "0:0",
         "environment": dict(environment or {}),
-        "labels": {HELPER_LABEL: volume},
+        "labels": {**(labels or {}), HELPER_LABEL: volume},
         "healthcheck": {"test": ["NONE"]},
         "host_config": host.api.create_host_config(
             mounts=[

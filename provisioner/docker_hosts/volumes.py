@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from provisioner.docker_hosts.helpers import remove_helpers
 from provisioner.docker_hosts.hosts import DockerHost
 from provisioner.errors import DockerError, DockerNotFound
 
@@ -59,6 +60,7 @@ def remove_volume(host: DockerHost, name: str) -> None:
         except DockerError as error:
             if _IN_USE not in (error.detail or "") or time.monotonic() > give_up_at:
                 raise
+            remove_helpers(host, name)
             time.sleep(0.1)
         else:
             return

@@ -13,6 +13,8 @@ from provisioner.plugins.values import Properties, has_unknowns
 from provisioner.snapshots.manifest import ID_PATTERN, SnapshotId
 from provisioner.snapshots.restore import Method
 
+CLUSTER_LABEL = "machineuse.cluster"
+
 
 class Inputs(BaseModel):
     """Base of the input models."""

@@ -11,8 +11,8 @@ from typing import ClassVar
 from provisioner.docker_hosts.archives import DockerMachine
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.errors import NodeUnreachable
-from provisioner.plugins.machineuse.inputs import RestoreInputs, check, differ, parse
-from provisioner.plugins.policy import DeletePolicy
+from provisioner.plugins.machineuse.inputs import CLUSTER_LABEL, RestoreInputs, check, differ, parse
+from provisioner.plugins.policy import LEDGER_LABEL, DeletePolicy
 from provisioner.plugins.resources import Call, Checked, Created, Difference, Found, ResourceType
 from provisioner.plugins.values import Properties
 from provisioner.snapshots.machine import Volumes
@@ -98,4 +98,8 @@ class RestoreType(ResourceType):
             self._policy.note_leftover(urn=call.urn, host=gone.docker_host, name=tag)
 
     def _machine(self, inputs: RestoreInputs) -> DockerMachine:
-        return DockerMachine(self._hosts.get(inputs.docker_host), helper_image=inputs.helper_image)
+        return DockerMachine(
+            self._hosts.get(inputs.docker_host),
+            helper_image=inputs.helper_image,
+            labels={CLUSTER_LABEL: inputs.cluster, LEDGER_LABEL: inputs.ledger_id},
+        )
