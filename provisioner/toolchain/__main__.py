@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 
-from provisioner.errors import SetupError
+from provisioner.errors import MachineuseError, SetupError
 from provisioner.toolchain.progress import Reporter
 from provisioner.toolchain.setup import PROJECT_DIR, ensure
 from provisioner.toolchain.venv import is_current, provide_venv, venv_python
@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
     try:
         _enter_venv(arguments)
         ensure(Reporter(), project_dir=PROJECT_DIR, tests=options.tests)
-    except SetupError as error:
+    except MachineuseError as error:
         _complain(error)
         return 1
     except KeyboardInterrupt:
@@ -53,7 +53,7 @@ def _enter_venv(arguments: list[str]) -> None:
     os.execv(python, [str(python), "-m", "provisioner.toolchain", *arguments])
 
 
-def _complain(error: SetupError) -> None:
+def _complain(error: MachineuseError) -> None:
     """Print the error as one message: what, the end of what the failed command said, what to do."""
     lines = [f"error: {error.message}"]
     if error.detail:

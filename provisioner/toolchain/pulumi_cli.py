@@ -114,16 +114,16 @@ def _parse_version(text: str) -> tuple[int, ...] | None:
 
 def _download(step: Step) -> str | None:
     """Download the official build into the cache; return None, or why that is not to be had here."""
-    with _new_cache_entry() as root:
-        try:
+    try:
+        with _new_cache_entry() as root:
             step.run(
                 [sys.executable, "-m", "provisioner.toolchain.official_cli", PULUMI_VERSION, str(root)],
                 timeout_s=_DOWNLOAD_TIMEOUT_S,
                 what="downloading the official Pulumi CLI",
             )
-        except SetupError as error:
-            lines = (error.detail or error.message).strip().splitlines()
-            return lines[-1] if lines else error.message
+    except SetupError as error:
+        lines = (error.detail or error.message).strip().splitlines()
+        return lines[-1] if lines else error.message
     return None
 
 

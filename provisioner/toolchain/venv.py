@@ -48,7 +48,7 @@ def provide_venv(step: Step, *, project_dir: Path) -> None:
     python = str(venv_python(project_dir))
     if not _runs(python):
         _make(step, project_dir)
-    pip = [python, "-m", "pip", "--disable-pip-version-check", "--no-input", "install"]
+    pip = [python, "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "--progress-bar", "off"]
     step.run(
         [*pip, "--require-hashes", "-r", LOCK],
         cwd=project_dir,
