@@ -16,18 +16,22 @@ import structlog
 from provisioner.changes import RECHECK_S, Changes
 from provisioner.clusterfile import read_cluster
 from provisioner.converger import GATHER_S, Converger
+from provisioner.disk import DiskWatch
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.engine import Engine
 from provisioner.guard import LedgerGuard
 from provisioner.health import NodeHealth
+from provisioner.idle import IdleWatch
 from provisioner.images import ImageCatalogue
 from provisioner.ledger import Ledger
 from provisioner.loops import Loop
+from provisioner.metrics import Sampler
 from provisioner.plugins.docker.provider import DockerProvider
 from provisioner.plugins.host import PluginHost
 from provisioner.plugins.machineuse.servicer import MachineusePlugin
 from provisioner.preparation import Preparation
 from provisioner.readiness import Readiness
+from provisioner.repair import Repair
 from provisioner.service import InstanceService
 from provisioner.settings import Settings
 from provisioner.snapshots.directory import DirectoryStore
@@ -41,6 +45,7 @@ APPLIED = "applied_cluster"
 """The fact that says which version of the cluster's file the stack has."""
 
 RECOVER_S = 1.0
+PRUNE_EVERY_S = 3600.0
 
 
 class ControlPlane:
@@ -83,7 +88,21 @@ class ControlPlane:
         )
         self._engine: Engine | None = None
         self._converger: Converger | None = None
-        self._loops = [Loop("heartbeat", self._nodes.step, every_s=settings.heartbeat_s)]
+        self._repair = Repair(self.ledger, cluster=self.cluster, hosts=self.hosts, changes=self.changes)
+        idle = IdleWatch(
+            self.ledger, service=self.instances, cluster=self.cluster, settings=settings, changes=self.changes
+        )
+        disk = DiskWatch(self.ledger, cluster=self.cluster, hosts=self.hosts)
+        sampler = Sampler(self.ledger, cluster=self.cluster, hosts=self.hosts)
+        self._loops = [
+            Loop("heartbeat", self._nodes.step, every_s=settings.heartbeat_s),
+            Loop("readiness", self._readiness.step, every_s=settings.heartbeat_s),
+            Loop("repair", self._repair.step, every_s=settings.heartbeat_s),
+            Loop("idle", idle.step, every_s=settings.idle_check_s),
+            Loop("disk", disk.step, every_s=settings.disk_check_s),
+            Loop("sampler", sampler.step, every_s=settings.sample_s),
+            Loop("events", self.ledger.events.prune, every_s=PRUNE_EVERY_S),
+        ]
         self._stopping = threading.Event()
         self._worker = threading.Thread(target=self._converge, name="machineuse-converger", daemon=True)
 
@@ -123,6 +142,7 @@ class ControlPlane:
             self._engine.close()
         self._plugins.stop()
         self._nodes.close()
+        self._repair.close()
         self.hosts.close()
         self.ledger.close()
         log.info("control plane stopped")

@@ -58,7 +58,7 @@ class Service:
         """Start it and wait until it serves."""
         with self.log_path.open("ab") as out:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "api.cli", "serve"],
+                [str(Path(sys.executable).parent / "machineuse"), "serve"],
                 env=self._environment,
                 stdout=out,
                 stderr=out,
