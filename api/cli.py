@@ -1,0 +1,135 @@
+"""The command `machineuse`. Each command imports what it needs itself, so that none waits for the others' parts."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from provisioner.errors import MachineuseError, SettingsError
+
+if TYPE_CHECKING:
+    from provisioner.settings import Settings
+
+app = typer.Typer(
+    name="machineuse",
+    help="Browsers on demand on machines you own, each one a Pulumi resource.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+DataDir = Annotated[
+    Path | None, typer.Option("--data-dir", help="Where everything is kept [default: .machineuse in the checkout].")
+]
+Cluster = Annotated[str | None, typer.Option("--cluster", help="Which Pulumi.<cluster>.yaml [default: local].")]
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to serve on [default: 127.0.0.1].")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to serve on; 0 takes a free one [default: 8000].")] = None,
+    data_dir: DataDir = None,
+    cluster: Cluster = None,
+) -> None:
+    """Serve the REST API and keep the cluster as it is wanted."""
+    settings = _read_settings(host=host, port=port, data_dir=data_dir, cluster=cluster)
+    from api.serve import serve as run
+
+    run(settings)
+
+
+@app.command()
+def setup(tests: Annotated[bool, typer.Option(help="Also what the tests need.")] = False) -> None:
+    """Set up what this machine lacks; does nothing where all is there."""
+    from provisioner.toolchain.__main__ import main as run
+
+    raise typer.Exit(run(["setup", "--tests"] if tests else ["setup"]))
+
+
+@app.command()
+def env(data_dir: DataDir = None, cluster: Cluster = None) -> None:
+    """Print what makes a plain `pulumi` work on the cluster: eval "$(machineuse env)"."""
+    for name, value in _pulumi_environment(_read_settings(data_dir=data_dir, cluster=cluster)).items():
+        typer.echo(f"export {name}={shlex.quote(value)}")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def pulumi(context: typer.Context) -> None:
+    """Run the Pulumi CLI on the cluster: `machineuse pulumi preview`."""
+    from provisioner.toolchain import require_pulumi
+
+    settings = _read_settings()
+    environment = os.environ | _pulumi_environment(settings)
+    os.chdir(settings.project_dir)
+    cli = str(require_pulumi())
+    os.execve(cli, [cli, *context.args], environment)
+
+
+@app.command()
+def instances(data_dir: DataDir = None, cluster: Cluster = None) -> None:
+    """List the instances that the ledger knows, whether the service runs or not."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from provisioner.ledger import Ledger
+
+    settings = _read_settings(data_dir=data_dir, cluster=cluster)
+    ledger = Ledger.open(settings.ledger_path)
+    try:
+        records = ledger.instances.all()
+    finally:
+        ledger.close()
+    table = Table("id", "status", "node", "debug port", "stream port", "image", "under way", "error")
+    for record in records:
+        ports = ("" if port is None else str(port) for port in (record.debug_port, record.stream_port))
+        table.add_row(
+            record.id,
+            record.status.value,
+            record.node_id,
+            *ports,
+            record.image_requested,
+            record.operation or "",
+            record.error_message or "",
+        )
+    Console().print(table)
+
+
+def main() -> None:
+    """Run the command; what we raise on purpose becomes one message, without a stack trace."""
+    try:
+        app()
+    except MachineuseError as error:
+        detail = f"\n{error.detail}" if error.detail else ""
+        print(f"machineuse: {error.explain()}{detail}", file=sys.stderr)  # noqa: T201
+        sys.exit(1)
+
+
+def _read_settings(**given: Any) -> Settings:
+    """Build the settings from the environment and the given options."""
+    from pydantic import ValidationError
+    from pydantic_settings.exceptions import SettingsError as Unreadable
+
+    from provisioner.settings import Settings
+
+    options = {name: value for name, value in given.items() if value is not None}
+    if "data_dir" in options:
+        options["data_dir"] = options["data_dir"].expanduser().absolute()  # a shell's path, not the checkout's
+    try:
+        return Settings(**options)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = "_".join(str(part) for part in problem["loc"]).upper()
+        raise SettingsError(f"MACHINEUSE_{name}: {problem['msg']}.") from error
+    except Unreadable as error:
+        raise SettingsError(f"A setting can't be read: {error}.", detail=str(error.__cause__ or "") or None) from error
+
+
+def _pulumi_environment(settings: Settings) -> dict[str, str]:
+    from provisioner.toolchain import environment
+
+    return environment(settings) | {"PULUMI_STACK": settings.cluster, "MACHINEUSE_CLUSTER": settings.cluster}
