@@ -254,7 +254,7 @@ def compare(table: Table, *, old_inputs: Properties, old_outputs: Properties, ne
         new = news.get(key)
         if new is not None:
             if not same(known.kind, old, new):
-                kind = ChangeKind.ADD if same(known.kind, old, None) else ChangeKind.UPDATE
+                kind = ChangeKind.ADD if old in (None, [], {}, "") else ChangeKind.UPDATE
                 changes[key] = Change(kind, replace=known.replace)
         elif not same(known.kind, old if known.drifts else old_inputs.get(key), None):
             changes[key] = Change(ChangeKind.DELETE, replace=True)  # no engine takes a limit back in place
