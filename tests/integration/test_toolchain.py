@@ -132,9 +132,20 @@ class SecondEngine:
 
 
 @pytest.fixture
-def second_engine() -> Iterator[SecondEngine]:
+def second_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[SecondEngine]:
+    """Another engine, in a network namespace of its own.
+
+    Without one it would change the machine's network: a `dockerd` without a bridge removes the `docker0` that the
+    machine's own engine uses.
+    """
+    real = docker_engine._which("dockerd")
     # Not pytest's directory: a Unix socket's path must be short.
     with tempfile.TemporaryDirectory(prefix="mu-", ignore_cleanup_errors=True) as directory:
+        wrapper = Path(directory, "bin/dockerd")
+        wrapper.parent.mkdir()
+        wrapper.write_text(f'#!/bin/sh\nexec unshare --net {real} "$@"\n')
+        wrapper.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{wrapper.parent}:{os.environ['PATH']}")
         engine = SecondEngine(Path(directory))
         yield engine
         for pid in engine.started:
