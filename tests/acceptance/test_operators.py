@@ -1,0 +1,83 @@
+"""What an operator does beside the service: previews and updates of the same stack, from the right and wrong places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.service import Service
+
+SMALL = {"memory_gb": 0.5, "cpu_cores": 1}
+
+
+def said(done: object) -> str:
+    return f"{getattr(done, 'stdout', '')}{getattr(done, 'stderr', '')}"
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_a_preview_of_an_untouched_cluster_shows_no_changes(
+    start_service: Callable[..., Service], running: bool
+) -> None:
+    service = start_service()
+    service.create(config=SMALL)
+    sleeper = service.create(config=SMALL)
+    assert service.post(f"{sleeper['id']}/dormant").json()["status"] == "dormant"
+    woken = service.create(config=SMALL)
+    service.post(f"{woken['id']}/dormant")
+    assert service.post(f"{woken['id']}/revive").json()["status"] == "running"
+    if not running:
+        service.stop()
+    done = service.pulumi("preview", "--stack", service.cluster, "--expect-no-changes")
+    assert done.returncode == 0, said(done)
+    refreshed = service.pulumi("preview", "--stack", service.cluster, "--expect-no-changes", "--refresh")
+    assert refreshed.returncode == 0, said(refreshed)
+
+
+def test_an_operators_update_and_the_service_wait_for_each_other(service: Service) -> None:
+    instance = service.create(config=SMALL)
+    done = service.pulumi("up", "--yes", "--skip-preview", "--stack", service.cluster)
+    assert done.returncode == 0, said(done)
+    assert service.get(instance["id"])["status"] == "running"
+    assert service.create(config=SMALL)["status"] == "running"
+
+
+def test_what_was_changed_behind_the_stacks_back_shows_as_drift(service: Service) -> None:
+    instance = service.create(config=SMALL)
+    service.container(instance["id"]).update(mem_limit="300m", memswap_limit="300m")
+    done = service.pulumi("preview", "--stack", service.cluster, "--refresh", "--diff")
+    assert "memory" in said(done)
+    assert done.returncode == 0, said(done)
+
+
+def test_without_the_clusters_ledger_a_preview_refuses_and_says_what_to_set(service: Service, tmp_path: Path) -> None:
+    service.create(config=SMALL)
+    done = service.pulumi("preview", "--stack", service.cluster, MACHINEUSE_DATA_DIR=str(tmp_path / "elsewhere"))
+    assert done.returncode != 0
+    assert "MACHINEUSE_DATA_DIR" in said(done)
+    assert "delete" not in done.stdout
+
+
+def test_with_another_ledger_an_update_refuses_and_deletes_nothing(service: Service, tmp_path: Path) -> None:
+    from provisioner.ledger import Ledger
+
+    instance = service.create(config=SMALL)
+    Ledger.create(tmp_path / "other" / "ledger.db").close()
+    done = service.pulumi(
+        "up", "--yes", "--skip-preview", "--stack", service.cluster, MACHINEUSE_DATA_DIR=str(tmp_path / "other")
+    )
+    assert done.returncode != 0
+    assert "MACHINEUSE_DATA_DIR" in said(done)
+    assert service.get(instance["id"])["status"] == "running"
+    assert service.container(instance["id"]).status == "running"
+
+
+def test_the_plugins_refuse_to_destroy_what_is_wanted_alive(service: Service) -> None:
+    instance = service.create(config=SMALL)
+    done = service.pulumi("destroy", "--yes", "--skip-preview", "--stack", service.cluster, "--continue-on-error")
+    assert done.returncode != 0
+    assert instance["id"] in said(done)
+    assert "no verified snapshot" in said(done)
+    assert service.container(instance["id"]).status == "running"
+    assert any(instance["id"] in volume for volume in service.volumes())

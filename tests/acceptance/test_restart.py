@@ -1,0 +1,64 @@
+"""The service can be stopped or killed at any time: nothing is lost, and what was under way is finished."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.service import Service
+
+SMALL = {"memory_gb": 0.5, "cpu_cores": 1}
+
+
+def test_a_stopped_service_finds_its_instances_again_untouched(service: Service) -> None:
+    instance = service.create(config=SMALL)
+    started_at = service.container(instance["id"]).attrs["State"]["StartedAt"]
+    assert service.stop() == 0
+    service.start()
+    again = service.get(instance["id"])
+    assert again["status"] == "running"
+    assert again["debug_port"] == instance["debug_port"]
+    assert service.container(instance["id"]).attrs["State"]["StartedAt"] == started_at
+
+
+def test_a_create_under_way_is_finished_after_a_kill(service: Service) -> None:
+    instance = service.create(wait_s=0, config=SMALL)
+    assert instance["status"] == "creating"
+    service.kill()
+    service.start()
+    assert service.wait_for(instance["id"], "running")["id"] == instance["id"]
+    assert service.delete(instance["id"]).status_code == 200
+    assert not any(instance["id"] in urn for urn in service.urns())
+
+
+@pytest.mark.parametrize("how", ["kill", "stop"])
+def test_a_dormancy_under_way_is_finished_after_the_service_ends(service: Service, how: str) -> None:
+    instance = service.create(config=SMALL)
+    assert service.post(f"{instance['id']}/dormant", wait_s=0).json()["operation"] == "making_dormant"
+    getattr(service, how)()
+    service.start()
+    assert service.wait_for(instance["id"], "dormant")["snapshots"][0]["state"] == "verified"
+    revived = service.post(f"{instance['id']}/revive").json()
+    assert revived["status"] == "running"
+    assert service.post(f"{instance['id']}/dormant", wait_s=0).status_code == 200
+    getattr(service, how)()
+    service.start()
+    service.wait_for(instance["id"], "dormant")
+
+
+def test_a_delete_under_way_is_finished_after_a_kill(service: Service) -> None:
+    instance = service.create(config=SMALL)
+    service.delete(instance["id"], wait_s=0)
+    service.kill()
+    service.start()
+    assert service.delete(instance["id"]).status_code in (200, 404)
+    assert not any(instance["id"] in volume for volume in service.volumes())
+
+
+def test_a_container_that_somebody_removed_is_made_again_with_its_home(service: Service) -> None:
+    instance = service.create(config=SMALL)
+    container = service.container(instance["id"])
+    container.exec_run(["sh", "-c", "echo kept > /home/machine/note"])
+    container.remove(force=True)
+    service.wait_for(instance["id"], "creating", timeout_s=60)
+    service.wait_for(instance["id"], "running", timeout_s=60)
+    assert service.container(instance["id"]).exec_run(["cat", "/home/machine/note"]).output == b"kept\n"
