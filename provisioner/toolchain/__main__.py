@@ -6,6 +6,7 @@ Started outside the checkout's virtual environment, it makes that first and goes
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 
@@ -26,6 +27,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         _enter_venv(arguments)
+        _quiet_log()
         ensure(Reporter(), project_dir=PROJECT_DIR, tests=options.tests)
     except MachineuseError as error:
         _complain(error)
@@ -51,6 +53,13 @@ def _enter_venv(arguments: list[str]) -> None:
         provide_venv(step, project_dir=PROJECT_DIR)
     sys.stdout.flush()
     os.execv(python, [str(python), "-m", "provisioner.toolchain", *arguments])
+
+
+def _quiet_log() -> None:
+    """Keep the parts that the set-up calls from logging between its lines: the steps say what matters to a person."""
+    import structlog  # there now that we are inside the virtual environment
+
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
 
 
 def _complain(error: MachineuseError) -> None:

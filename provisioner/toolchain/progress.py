@@ -56,7 +56,8 @@ class Step:
 
     def on_progress(self, text: str) -> None:
         """Take the latest sign of life; it is shown for as long as it is the latest."""
-        self.last_line = text.strip()[:_WIDTH]
+        lines = text.split("\n")
+        self.last_line = next((line.strip()[:_WIDTH] for line in reversed(lines) if line.strip()), "")
 
     def run(
         self,
