@@ -34,9 +34,13 @@ class Loop:
         self._thread = threading.Thread(target=self._run, name=f"machineuse-{self.name}", daemon=True)
         self._thread.start()
 
+    def end_soon(self) -> None:
+        """Ask the thread to end, without waiting: so that several loops end side by side."""
+        self._stopping.set()
+
     def stop(self, *, timeout_s: float = 5.0) -> bool:
         """Ask the thread to end and wait for it; return whether it ended in time. A step under way is not cut off."""
-        self._stopping.set()
+        self.end_soon()
         if self._thread is None:
             return True
         self._thread.join(timeout_s)

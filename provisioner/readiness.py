@@ -124,12 +124,14 @@ class Readiness:
 
     def stop(self, *, timeout_s: float = 5.0) -> None:
         """End the thread; what is not ready by then is waited for after the next start."""
-        if self._thread is None or self._loop is None or self._stopping is None:
+        with self._lock:
+            loop, self._loop = self._loop, None
+        if self._thread is None or self._stopping is None or loop is None:
             return
-        self._loop.call_soon_threadsafe(self._stopping.set)
+        loop.call_soon_threadsafe(self._stopping.set)
         self._thread.join(timeout_s)
-        for pool in (self._writers, self._lookers):
-            pool.shutdown(wait=False, cancel_futures=True)
+        self._lookers.shutdown(wait=False, cancel_futures=True)
+        self._writers.shutdown(wait=True)
 
     def step(self) -> None:
         """Watch every instance of the ledger that is waited for and not watched yet."""
@@ -138,12 +140,12 @@ class Readiness:
 
     def watch(self, record: InstanceRecord) -> None:
         """Wait for this instance from now on; safe to call from any thread, and more than once."""
-        loop, node = self._loop, self._cluster.node(record.node_id)
-        if loop is None or node is None or not is_awaited(record):
+        node = self._cluster.node(record.node_id)
+        if node is None or not is_awaited(record):
             return
         with self._lock:
             known = self._watches.get(record.id)
-            if known is not None and known.record.generation == record.generation:
+            if self._loop is None or (known is not None and known.record.generation == record.generation):
                 return
             now = time.monotonic()
             watch = Watch(
@@ -154,7 +156,7 @@ class Readiness:
                 look_at=now + (LOOK_EVERY_S if record.debug_port is not None else 0.0),
             )
             self._watches[record.id] = watch
-        loop.call_soon_threadsafe(self._begin, watch)
+            self._loop.call_soon_threadsafe(self._begin, watch)
 
     # ---- in the thread
 

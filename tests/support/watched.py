@@ -85,32 +85,44 @@ class Watched:
         """Start the container of an instance: the browser image as it is, or one command in it."""
         profile = json.dumps(json.loads(SECCOMP_PROFILE.read_text()))
         entrypoint = {"entrypoint": command[:1], "command": command[1:]} if command else {}
-        ports = {f"{CDP_PORT}/tcp": ("127.0.0.1", record.debug_port)} if record.debug_port else None
+        network: dict[str, Any] = {"network_mode": "none"}
+        if record.debug_port is not None:
+            ports = {f"{CDP_PORT}/tcp": ("127.0.0.1", record.debug_port)}
+            network = {"network": self.network(), "ports": ports}
         return self.docker.containers.run(
             BROWSER_IMAGE,
             name=self.names.docker_container(record.id),
             labels=self.labels(record.id),
-            ports=ports,
             detach=True,
             cap_drop=["ALL"],
             security_opt=["no-new-privileges", f"seccomp={profile}"],
             shm_size="256m",
             mem_limit=f"{record.memory_mib}m",
+            **network,
             **entrypoint,
             **extra,
         )
+
+    def network(self) -> str:
+        """Make the cluster's network, unless it is there, and return its name."""
+        name = self.names.docker_network()
+        if not self.docker.networks.list(names=[name]):
+            self.docker.networks.create(name, labels={"machineuse.cluster": self.cluster.name})
+        return name
 
     def events(self, kind: str) -> list[str]:
         """Return the messages of all events of a kind."""
         return [event.message for event in self.ledger.events.list(limit=1000) if event.kind == kind]
 
     def clean_up(self) -> None:
-        """Remove every container and volume of this cluster."""
+        """Remove every container, volume and network of this cluster."""
         mine = {"label": f"machineuse.cluster={self.cluster.name}"}
         for container in self.docker.containers.list(all=True, filters=mine, ignore_removed=True):
             container.remove(force=True, v=True)
         for volume in self.docker.volumes.list(filters=mine):
             volume.remove(force=True)
+        for network in self.docker.networks.list(filters=mine):
+            network.remove()
         self.docker.close()
         self.hosts.close()
         self.ledger.close()

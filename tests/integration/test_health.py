@@ -1,0 +1,310 @@
+"""Nodes that hang and come back, instances that become ready or don't, containers that get lost: on real engines."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from provisioner.docker_hosts.hosts import DockerHosts
+from provisioner.errors import NodeUnreachable
+from provisioner.health import NodeHealth
+from provisioner.ledger.records import NodeStatus
+from provisioner.readiness import Readiness
+from provisioner.repair import Repair
+from provisioner.states import Status, Wanted
+from stacks.names import CONTAINER_TYPE, VOLUME_TYPE
+from stacks.spec import BROWSER_IMAGE
+from tests.support.watched import SLEEPER, Watched, wait_until
+
+AWAITED = {"status": Status.CREATING, "settled_generation": 0}
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Iterator[Watched]:
+    watched = Watched(tmp_path)
+    yield watched
+    watched.clean_up()
+
+
+# ---- nodes
+
+
+@dataclass(frozen=True)
+class SecondEngine:
+    url: str
+    pid: int
+
+    def freeze(self) -> None:
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
+
+
+@pytest.fixture
+def second_engine(tmp_path: Path) -> Iterator[SecondEngine]:
+    """Run another Docker engine that may be frozen.
+
+    In a network namespace of its own: an engine with `--bridge=none` deletes the `docker0` that it sees, and the one of
+    this machine belongs to the engine that everything else runs on.
+    """
+    # A socket's path must be short.
+    url = f"unix:///run/machineuse-{os.getpid()}.sock"
+    log = (tmp_path / "dockerd.log").open("wb")
+    process = subprocess.Popen(
+        [
+            "unshare",
+            "--net",
+            "dockerd",
+            f"--data-root={tmp_path / 'data'}",
+            f"--exec-root={tmp_path / 'exec'}",
+            f"--pidfile={tmp_path / 'pid'}",
+            f"--host={url}",
+            "--bridge=none",
+            "--iptables=false",
+            "--ip6tables=false",
+            "--containerd-namespace=machineuse-test",
+            "--containerd-plugins-namespace=machineuse-test-plugins",
+        ],
+        stdout=log,
+        stderr=log,
+    )
+
+    def answers() -> bool:
+        assert process.poll() is None, (tmp_path / "dockerd.log").read_text()
+        hosts = DockerHosts(timeout_s=2)
+        try:
+            hosts.get(url).ping()
+        except NodeUnreachable:
+            return False
+        finally:
+            hosts.close()
+        return True
+
+    wait_until(answers, what="the second engine answers")
+    yield SecondEngine(url=url, pid=process.pid)
+    process.send_signal(signal.SIGCONT)
+    process.terminate()
+    process.wait(timeout=30)
+    log.close()
+    Path(url.removeprefix("unix://")).unlink(missing_ok=True)
+
+
+def test_a_node_that_answers_is_online_with_what_it_has(watched: Watched) -> None:
+    health = NodeHealth(watched.ledger, settings=watched.settings, **watched.parts())
+    health.beat_once()
+    health.beat_once()
+    health.close()
+    node = watched.ledger.nodes.get("local")
+    info = watched.docker.info()
+    assert node.status is NodeStatus.ONLINE
+    assert node.error is None
+    assert node.last_heartbeat is not None
+    assert (node.cpu_cores, node.memory_bytes) == (info["NCPU"], info["MemTotal"])
+    assert node.disk_bytes is not None
+    for percent in (node.cpu_percent, node.memory_percent, node.disk_percent):
+        assert percent is not None
+        assert 0 <= percent <= 100
+    assert len(watched.events("node_online")) == 1
+    assert watched.docker.volumes.list(filters={"label": f"machineuse.cluster={watched.cluster.name}"}) == []
+
+
+def test_a_frozen_node_goes_offline_and_comes_back_by_itself(tmp_path: Path, second_engine: SecondEngine) -> None:
+    watched = Watched(tmp_path, url=second_engine.url, node_timeout_s=0.3, heartbeat_s=0.1, offline_after_misses=2)
+    health = NodeHealth(watched.ledger, settings=watched.settings, **watched.parts())
+    try:
+        health.beat_once()
+        online = watched.ledger.nodes.get("local")
+        assert online.status is NodeStatus.ONLINE
+        second_engine.freeze()
+        threads = threading.active_count()
+
+        def offline() -> bool:
+            health.step()
+            assert threading.active_count() <= threads + 1
+            return watched.ledger.nodes.get("local").status is NodeStatus.OFFLINE
+
+        wait_until(offline, what="the frozen node is offline")
+        frozen = watched.ledger.nodes.get("local")
+        assert frozen.last_heartbeat == online.last_heartbeat
+        assert "does not answer" in (frozen.error or "")
+        health.step()
+        second_engine.thaw()
+
+        def back() -> bool:
+            health.step()
+            return watched.ledger.nodes.get("local").status is NodeStatus.ONLINE
+
+        wait_until(back, what="the node is back")
+        assert watched.ledger.nodes.get("local").error is None
+        assert len(watched.events("node_offline")) == 1
+        assert len(watched.events("node_online")) == 2
+    finally:
+        second_engine.thaw()
+        health.close()
+        watched.clean_up()
+
+
+# ---- readiness
+
+
+@pytest.fixture
+def readiness(watched: Watched) -> Iterator[Readiness]:
+    readiness = Readiness(watched.ledger, settings=watched.settings, **watched.parts())
+    readiness.start()
+    yield readiness
+    readiness.stop()
+
+
+def test_a_browser_is_ready_when_it_answers(watched: Watched, readiness: Readiness) -> None:
+    record = watched.add_browser(**AWAITED)
+    readiness.watch(record)
+    readiness.watch(record)
+    watched.run(record)
+    wait_until(lambda: watched.get(record).status is Status.RUNNING, what="the browser is ready")
+    assert watched.get(record).settled_generation == 1
+    assert len(watched.events("ready")) == 1
+
+
+def test_an_instance_that_was_awaited_when_the_service_stopped_is_found_again(watched: Watched) -> None:
+    record = watched.add(**AWAITED)
+    watched.run(record, command=SLEEPER)
+    readiness = Readiness(watched.ledger, settings=watched.settings, **watched.parts())
+    readiness.start()
+    wait_until(lambda: watched.get(record).status is Status.RUNNING, what="the container is ready")
+    readiness.stop()
+
+
+def test_a_container_whose_command_ends_at_once_has_failed_and_says_so(watched: Watched, readiness: Readiness) -> None:
+    record = watched.add(**AWAITED)
+    watched.run(
+        record, command=["sh", "-c", "echo no such file >&2; exit 7"], restart_policy={"Name": "unless-stopped"}
+    )
+    readiness.watch(record)
+    wait_until(lambda: watched.get(record).status is Status.FAILED, what="it has failed")
+    failed = watched.get(record)
+    assert failed.error_code == "not_ready"
+    assert "exit code 7" in (failed.error_message or "")
+    assert "no such file" in (failed.error_message or "")
+
+
+def test_a_browser_that_does_not_answer_in_time_has_failed(tmp_path: Path) -> None:
+    watched = Watched(tmp_path, ready_timeout_s=1.5)
+    readiness = Readiness(watched.ledger, settings=watched.settings, **watched.parts())
+    readiness.start()
+    try:
+        record = watched.add_browser(**AWAITED)
+        watched.run(record, command=SLEEPER)
+        readiness.watch(record)
+        wait_until(lambda: watched.get(record).status is Status.FAILED, what="it has failed")
+        assert "did not answer within" in (watched.get(record).error_message or "")
+    finally:
+        readiness.stop()
+        watched.clean_up()
+
+
+def test_a_revived_instance_that_does_not_come_up_is_dormant_again_with_its_snapshot(
+    watched: Watched, readiness: Readiness
+) -> None:
+    record = watched.add_browser(
+        **AWAITED | {"generation": 3, "applied_generation": 3, "settled_generation": 2, "restore_generation": 2}
+    )
+    watched.run(record, command=["false"], restart_policy={"Name": "unless-stopped"})
+    readiness.watch(record)
+    wait_until(lambda: watched.get(record).wanted is Wanted.DORMANT, what="it is to be dormant again")
+    assert watched.get(record).snapshot_generation == 2
+
+
+def test_an_instance_that_runs_on_after_a_failed_snapshot_gets_a_new_container_for_a_stopped_one(
+    watched: Watched, readiness: Readiness
+) -> None:
+    record = watched.add_browser(status=Status.RUNNING, generation=3, applied_generation=3, settled_generation=1)
+    watched.run(record).stop(timeout=5)
+    readiness.watch(record)
+    wait_until(lambda: watched.get(record).repair, what="it is to be repaired")
+    assert watched.get(record).status is Status.CREATING
+    assert watched.get(record).generation == 4
+
+
+# ---- lost and orphaned
+
+
+def test_a_lost_container_is_to_be_made_again_once_it_was_missed_twice(watched: Watched) -> None:
+    gone, stopped, kept = (watched.add() for _ in range(3))
+    watched.run(stopped, command=SLEEPER).kill()
+    watched.run(kept, command=SLEEPER)
+    NodeHealth(watched.ledger, settings=watched.settings, **watched.parts()).beat_once()
+    repair = Repair(watched.ledger, **watched.parts())
+    repair.step()
+    assert not any(watched.get(record).repair for record in (gone, stopped, kept))
+    watched.changes.work.clear()
+    repair.step()
+    assert [watched.get(record).repair for record in (gone, stopped, kept)] == [True, True, False]
+    assert watched.changes.work.is_set()
+    assert any("is gone" in message for message in watched.events("lost"))
+    assert any("Exited (137)" in message for message in watched.events("lost"))
+    repair.step()
+    assert len(watched.events("lost")) == 2
+    repair.close()
+
+
+def test_only_what_the_ledger_does_not_know_at_all_is_an_orphan(watched: Watched) -> None:
+    dormant = watched.add(
+        wanted=Wanted.DORMANT, status=Status.DORMANT, generation=2, settled_generation=2, applied_generation=2
+    )
+    failed = watched.add(status=Status.FAILED)
+    for record in (dormant, failed):
+        watched.run(record, command=SLEEPER)
+    watched.docker.volumes.create(f"machineuse-{watched.cluster.name}-a", labels=watched.labels(dormant.id))
+    watched.docker.volumes.create(f"machineuse-{watched.cluster.name}-b", labels=watched.labels("mu-nobody"))
+    other = watched.labels("mu-other") | {"machineuse.ledger": "another"}
+    watched.docker.volumes.create(f"machineuse-{watched.cluster.name}-c", labels=other)
+    watched.docker.containers.create(
+        BROWSER_IMAGE, name=f"machineuse-{watched.cluster.name}-d", labels=watched.labels("mu-nobody")
+    )
+    NodeHealth(watched.ledger, settings=watched.settings, **watched.parts()).beat_once()
+    repair = Repair(watched.ledger, **watched.parts())
+    repair.step()
+    assert watched.events("orphan_removed") == []
+    repair.step()
+    repair.close()
+    assert len(watched.events("orphan_removed")) == 2
+    mine = {"label": f"machineuse.cluster={watched.cluster.name}"}
+    assert sorted(volume.name[-1] for volume in watched.docker.volumes.list(filters=mine)) == ["a", "c"]
+    assert len(watched.docker.containers.list(all=True, filters=mine)) == 2
+
+
+def test_what_a_forced_delete_left_is_removed_once_the_node_answers(watched: Watched) -> None:
+    record = watched.add()
+    watched.run(record, command=SLEEPER, volumes={watched.names.docker_volume(record.id): {"bind": "/mnt"}})
+    watched.docker.volumes.get(watched.names.docker_volume(record.id))
+    for urn_type, name in (
+        (VOLUME_TYPE, watched.names.docker_volume(record.id)),
+        (CONTAINER_TYPE, watched.names.docker_container(record.id)),
+    ):
+        watched.ledger.leftovers.add(node_id="local", urn=f"urn:pulumi:x::machineuse::{urn_type}::x", name=name)
+    repair = Repair(watched.ledger, **watched.parts())
+    repair.step()
+    assert len(watched.ledger.leftovers.list("local")) == 2, "the node did not answer yet"
+    NodeHealth(watched.ledger, settings=watched.settings, **watched.parts()).beat_once()
+    repair.step()
+    repair.close()
+    assert watched.ledger.leftovers.list("local") == []
+    assert not [v for v in watched.docker.volumes.list() if v.name == watched.names.docker_volume(record.id)]
+
+
+def test_an_instance_that_is_being_made_dormant_is_not_repaired(watched: Watched) -> None:
+    watched.add(wanted=Wanted.DORMANT, generation=2, applied_generation=1, snapshot_generation=2)
+    NodeHealth(watched.ledger, settings=watched.settings, **watched.parts()).beat_once()
+    repair = Repair(watched.ledger, **watched.parts())
+    for _ in range(3):
+        repair.step()
+    repair.close()
+    assert watched.events("lost") == []

@@ -1,0 +1,85 @@
+"""What a look at a container says about an instance that is waited for."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from provisioner.docker_hosts.inventory import ContainerState
+from provisioner.readiness import GRACE_S, Outcome, Watch, is_awaited, judge
+from provisioner.states import Status, Wanted
+from stacks.spec import NodeSpec
+from tests.support.records import make_record
+
+RUNNING = ContainerState(state="running", exit_code=0, oom_killed=False, restart_count=0, error="")
+RESTARTING = dataclasses.replace(RUNNING, state="restarting", exit_code=3, restart_count=3)
+EXITED = dataclasses.replace(RUNNING, state="exited", exit_code=137)
+
+
+def make_watch(*, browser: bool = True, status: Status = Status.CREATING) -> Watch:
+    record = make_record(status=status, settled_generation=0, debug_port=21000 if browser else None)
+    return Watch(record=record, node=NodeSpec(id="local"), began=100.0, deadline=160.0, look_at=0.0)
+
+
+def test_only_the_wish_that_the_engine_carried_out_is_awaited() -> None:
+    awaited = make_record(generation=2, applied_generation=2, settled_generation=1)
+    assert is_awaited(awaited)
+    assert not is_awaited(dataclasses.replace(awaited, applied_generation=1))
+    assert not is_awaited(dataclasses.replace(awaited, settled_generation=2))
+    assert not is_awaited(dataclasses.replace(awaited, wanted=Wanted.DORMANT))
+
+
+def test_a_container_without_a_browser_is_ready_once_it_stayed_up() -> None:
+    watch = make_watch(browser=False)
+    assert judge(watch, RUNNING, now=101.0)[0] is Outcome.WAIT
+    assert judge(watch, RUNNING, now=101.1 + GRACE_S)[0] is Outcome.READY
+
+
+def test_a_restart_in_between_starts_the_wait_anew() -> None:
+    watch = make_watch(browser=False)
+    again = dataclasses.replace(RUNNING, restart_count=1)
+    assert judge(watch, RUNNING, now=101.0)[0] is Outcome.WAIT
+    for now in (102.0, 102.1):
+        assert judge(watch, again, now=now)[0] is Outcome.WAIT
+    assert judge(watch, again, now=102.2 + GRACE_S)[0] is Outcome.READY
+
+
+def test_a_running_container_says_nothing_about_its_browser_before_the_time_is_over() -> None:
+    watch = make_watch()
+    assert judge(watch, RUNNING, now=159.0)[0] is Outcome.WAIT
+    outcome, reason = judge(watch, RUNNING, now=160.0)
+    assert outcome is Outcome.FAILED
+    assert reason == "Its browser did not answer within 60 s, though its container is running."
+
+
+@pytest.mark.parametrize("browser", [True, False])
+def test_a_container_that_keeps_ending_has_failed_early(browser: bool) -> None:
+    outcome, reason = judge(make_watch(browser=browser), RESTARTING, now=101.0)
+    assert outcome is Outcome.FAILED
+    assert reason == "Its container's command ended 3 times, last with exit code 3."
+
+
+def test_a_container_that_needs_more_memory_than_it_has_is_told_so() -> None:
+    _, reason = judge(make_watch(), dataclasses.replace(RESTARTING, oom_killed=True), now=101.0)
+    assert "killed because it needs more than its 1 GB of memory" in reason
+
+
+def test_restarts_of_the_time_before_do_not_count() -> None:
+    watch = make_watch(status=Status.RUNNING)
+    assert judge(watch, RESTARTING, now=101.0)[0] is Outcome.WAIT
+    more = dataclasses.replace(RESTARTING, restart_count=6)
+    assert judge(watch, more, now=102.0)[0] is Outcome.FAILED
+
+
+@pytest.mark.parametrize(("state", "words"), [(None, "is gone"), (EXITED, "stopped with exit code 137")])
+def test_a_missing_or_stopped_container_is_believed_at_the_second_look(
+    state: ContainerState | None, words: str
+) -> None:
+    watch = make_watch()
+    assert judge(watch, state, now=101.0)[0] is Outcome.WAIT
+    assert judge(watch, RUNNING, now=102.0)[0] is Outcome.WAIT
+    assert judge(watch, state, now=103.0)[0] is Outcome.WAIT
+    outcome, reason = judge(watch, state, now=104.0)
+    assert outcome is Outcome.GONE
+    assert words in reason
