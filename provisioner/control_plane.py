@@ -68,16 +68,6 @@ class ControlPlane:
                 MachineusePlugin(store=self.store, hosts=self.hosts, policy=guard),
             ]
         )
-        catalogue = ImageCatalogue(self.cluster, hosts=self.hosts)
-        self.instances = InstanceService(
-            self.ledger, cluster=self.cluster, settings=settings, catalogue=catalogue, changes=self.changes
-        )
-        self._nodes = NodeHealth(
-            self.ledger, cluster=self.cluster, hosts=self.hosts, settings=settings, changes=self.changes
-        )
-        self._readiness = Readiness(
-            self.ledger, cluster=self.cluster, hosts=self.hosts, settings=settings, changes=self.changes
-        )
         self._preparation = Preparation(
             self.ledger,
             cluster=self.cluster,
@@ -85,6 +75,21 @@ class ControlPlane:
             store=self.store,
             settings=settings,
             changes=self.changes,
+        )
+        catalogue = ImageCatalogue(self.cluster, hosts=self.hosts)
+        self.instances = InstanceService(
+            self.ledger,
+            cluster=self.cluster,
+            settings=settings,
+            catalogue=catalogue,
+            changes=self.changes,
+            kill=self._preparation.kill,
+        )
+        self._nodes = NodeHealth(
+            self.ledger, cluster=self.cluster, hosts=self.hosts, settings=settings, changes=self.changes
+        )
+        self._readiness = Readiness(
+            self.ledger, cluster=self.cluster, hosts=self.hosts, settings=settings, changes=self.changes
         )
         self._engine: Engine | None = None
         self._converger: Converger | None = None

@@ -17,6 +17,7 @@ import structlog
 from provisioner.changes import Changes
 from provisioner.converger import Step, Work
 from provisioner.docker_hosts.archives import DockerMachine
+from provisioner.docker_hosts.containers import kill_container
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.docker_hosts.images import ensure_image, find_image
 from provisioner.errors import MachineuseError, UnknownNode
@@ -94,6 +95,20 @@ class Preparation:
         if error is not None:
             raise error
         return True
+
+    def kill(self, record: InstanceRecord) -> None:
+        """Kill an instance's container now, without waiting for the update that removes it; nothing waits for this.
+
+        What is under way for the instance (a snapshot, a graceful stop) ends by it.
+        """
+        self._pool.submit(self._kill, record)
+
+    def _kill(self, record: InstanceRecord) -> None:
+        try:
+            host = self._hosts.get(self._node_of(record).host)
+            kill_container(host, self._names.docker_container(record.id))
+        except MachineuseError as error:
+            log.debug("could not kill", instance=record.id, error=error.message)  # the update removes it all the same
 
     def close(self) -> None:
         """Start nothing more; what runs is found again after a restart."""

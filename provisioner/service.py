@@ -71,13 +71,16 @@ class InstanceService:
         settings: Settings,
         catalogue: ImageCatalogue,
         changes: Changes,
+        kill: Callable[[InstanceRecord], None] = lambda _: None,
         port_free: Callable[[NodeSpec, int], bool] = port_is_free,
     ) -> None:
+        """Serve one cluster. `kill` ends an instance's container at once, without being waited for."""
         self._ledger = ledger
         self._cluster = cluster
         self._settings = settings
         self._catalogue = catalogue
         self._changes = changes
+        self._kill = kill
         self._port_free = port_free
 
     def create(self, request: CreateRequest) -> InstanceRecord:
@@ -124,7 +127,10 @@ class InstanceService:
 
     def delete(self, instance_id: str, *, force: bool) -> InstanceRecord:
         """Want the instance gone, with its snapshots. Raises NotFound."""
-        return self._wish(instance_id, lambda record, _: lifecycle.wish_absent(record, force=force))
+        record = self._wish(instance_id, lambda record, _: lifecycle.wish_absent(record, force=force))
+        if record.force:
+            self._kill(record)
+        return record
 
     async def outcome(self, wished: InstanceRecord, *, timeout_s: float) -> InstanceRecord | None:
         """Wait for what became of a wish: the instance as it then is, or None when it is gone.

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
+from docker.errors import APIError
+
 from provisioner.docker_hosts.hosts import DockerHost
 from provisioner.errors import DockerError, DockerNotFound
 
@@ -42,6 +44,16 @@ def stop_container(host: DockerHost, container: str, *, timeout_s: int) -> None:
         host.call(f"stop container {container}", host.slow_api.stop, container, timeout=timeout_s)
     except DockerNotFound:
         return
+
+
+def kill_container(host: DockerHost, container: str) -> None:
+    """Kill a container; one that is gone or stopped already is a success."""
+    with host.errors(f"kill container {container}"):
+        try:
+            host.api.kill(container)
+        except APIError as error:
+            if error.status_code not in (404, 409):  # gone; not running
+                raise
 
 
 def remove_container(host: DockerHost, container: str, *, kill: bool, anonymous_volumes: bool = True) -> None:
