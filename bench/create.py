@@ -1,6 +1,6 @@
 """Measures a create, from the request to an answering debug port, against bare `docker run` of the same image.
 
-    python -m bench.create [--rounds 10] [--instances 10]
+    python -m bench [--rounds 10] [--instances 10]
 
 Both are interleaved in one run, so the machine's noise hits both alike; what counts is the ratio of the medians. Both
 give their browser the same volume, limits, network settings and seccomp profile.
@@ -12,7 +12,6 @@ import argparse
 import secrets
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -98,7 +97,3 @@ def main() -> None:
     show("docker run", bare)
     show("POST /v2/instances", ours)
     print(f"ratio of the medians: {statistics.median(ours) / statistics.median(bare):.2f}")  # noqa: T201
-
-
-if __name__ == "__main__":
-    sys.exit(main())
