@@ -6,6 +6,7 @@ lives: when that ends, so does the plugin, even if the engine was killed.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -22,7 +23,7 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in PACKAGES:
         print(f"usage: python -m provisioner.plugins {{{','.join(PACKAGES)}}} [ENGINE_ADDRESS]", file=sys.stderr)  # noqa: T201
         return 2
-    engine_address = arguments[1] if len(arguments) > 1 else ""
+    engine_address = arguments[-1] if len(arguments) > 1 else ""  # after options for logs that we don't write
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
@@ -41,7 +42,8 @@ def main(arguments: list[str]) -> int:
 
 
 def _await_engine_end(stopped: threading.Event) -> None:
-    while sys.stdin.buffer.read(4096):
+    # Not through sys.stdin: its lock, held by a daemon thread, would be waited for when the process ends.
+    while os.read(0, 4096):
         pass
     stopped.set()
 

@@ -23,6 +23,7 @@ from tests.support.inline_stack import InlineStack
 from tests.support.tiny_image import make_tiny_image
 
 SOCKET = Path("/var/run/docker.sock")
+UNLESS_STOPPED: Any = {"Name": "unless-stopped"}
 LAUNCHERS = Path(__file__).resolve().parents[2] / "provisioner" / "plugins" / "bin"
 
 
@@ -40,6 +41,8 @@ class Policy:
         return self.decision
 
     def note_leftover(self, *, urn: str, host: str, name: str) -> None:
+        assert urn
+        assert host
         self.leftovers.append(name)
 
 
@@ -143,13 +146,17 @@ def machine(stack: InlineStack, image: str, engine: docker_py.DockerClient, tmp_
 
 def remove_all(engine: docker_py.DockerClient, test: str) -> None:
     """Remove what a test left."""
-    ours = {"filters": {"label": f"machineuse.test={test}"}}
-    for container in engine.containers.list(all=True, **ours):
+    label = f"machineuse.test={test}"
+    for container in engine.containers.list(all=True, filters={"label": label}):
         container.remove(force=True)
-    for volume in engine.volumes.list(**ours):
+    for volume in engine.volumes.list(filters={"label": label}):
         volume.remove()
-    for network in engine.networks.list(**ours):
+    for network in engine.networks.list(filters={"label": label}):
         network.remove()
+
+
+def _outputs(state: list[dict[str, Any]]) -> dict[str, Any]:
+    return {one["urn"]: one["outputs"] for one in state}
 
 
 def test_an_untouched_stack_shows_no_changes(machine: Machine, engine: docker_py.DockerClient) -> None:
@@ -166,7 +173,7 @@ def test_an_untouched_stack_shows_no_changes(machine: Machine, engine: docker_py
     assert refreshed.ops == {"refresh": 3}, refreshed.text
     state = machine.stack.state()
     assert machine.stack.up("--refresh").ops == {"refresh": 3}
-    assert [one["outputs"] for one in machine.stack.state()] == [one["outputs"] for one in state]
+    assert _outputs(machine.stack.state()) == _outputs(state)
 
 
 def test_what_changed_behind_the_stack_shows_as_drift_and_is_put_right(
@@ -256,7 +263,7 @@ def test_what_an_interrupted_create_left_behind_is_adopted(machine: Machine, eng
         mem_limit="64m",
         memswap_limit="64m",
         nano_cpus=5 * 10**8,
-        restart_policy={"Name": "unless-stopped"},
+        restart_policy=UNLESS_STOPPED,
         cap_drop=["ALL"],
         security_opt=["no-new-privileges"],
         network=machine.name,

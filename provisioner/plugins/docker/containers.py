@@ -66,7 +66,7 @@ class ContainerType(DockerResources, ResourceType):
         outputs = read_outputs(live, inputs=inputs)
         # What is wanted: whether it keeps running is for whoever waits for it, and for the next refresh, to find out.
         outputs["mustRun"] = inputs.get("mustRun", True)
-        return Created(id=live["Id"], outputs=keep_wording(TABLE, olds=inputs, news=outputs))
+        return Created(id=live["Id"], outputs=outputs)
 
     def _make(self, call: Call, host: DockerHost, inputs: Properties) -> tuple[str, bool]:
         """Return the id of a container as wanted, and whether it never ran."""

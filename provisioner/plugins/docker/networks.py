@@ -53,7 +53,7 @@ class NetworkType(DockerResources, ResourceType):
     def create(self, call: Call, *, inputs: Properties) -> Created:
         host = self._host(call)
         live = self._make(host, inputs)
-        return Created(id=live["Id"], outputs=keep_wording(TABLE, olds=inputs, news=read_outputs(live)))
+        return Created(id=live["Id"], outputs=read_outputs(live))
 
     def _make(self, host: DockerHost, inputs: Properties) -> dict[str, Any]:
         name, labels = inputs["name"], read_labels(inputs)

@@ -58,7 +58,7 @@ class VolumeType(DockerResources, ResourceType):
                 detail=f"its labels: {live.get('Labels')}",
                 resolution="Rename or remove it; Machineuse takes no volume that it did not make.",
             )
-        return Created(id=name, outputs=keep_wording(TABLE, olds=inputs, news=read_outputs(live)))
+        return Created(id=name, outputs=read_outputs(live))
 
     def read(self, call: Call, *, id: str, inputs: Properties, outputs: Properties) -> Found | None:
         live = find_volume(self._host(call), id)
