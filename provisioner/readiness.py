@@ -37,7 +37,7 @@ from stacks.spec import ClusterSpec, NodeSpec
 
 log = structlog.get_logger(__name__)
 
-FIRST_POLL_S = 0.03
+FIRST_POLL_S = 0.02
 LAST_POLL_S = 0.5
 POLL_COST_S = 0.002
 """What one poll may take of a core: with many instances waited for, each is asked less often."""
@@ -198,7 +198,7 @@ class Readiness:
 
     def _pause_s(self, watch: Watch) -> float:
         waited_s = time.monotonic() - watch.began
-        wanted_s = FIRST_POLL_S if waited_s < 5 else min(waited_s / 100, LAST_POLL_S)
+        wanted_s = FIRST_POLL_S if waited_s < 4 else min(waited_s / 100, LAST_POLL_S)
         return max(wanted_s, POLL_COST_S * len(self._watches))
 
     async def _look(self, watch: Watch) -> bool:

@@ -22,6 +22,8 @@ from provisioner.ledger.events import add_event
 from provisioner.ledger.records import InstanceRecord, SnapshotRecord, SnapshotState
 from provisioner.states import Status, Wanted
 
+_MANY = 100
+"""How many instances one transaction changes at most, so that nobody else waits long for the next."""
 _COLUMNS = [column.name for column in tables.instances.columns]
 
 
@@ -84,20 +86,19 @@ class Instances:
             return None if update.remove else _read_one(connection, instance_id)
 
     def change_many(self, instance_ids: Sequence[str], decide: Decide) -> list[str]:
-        """Do what `change` does for many instances in one transaction; return the ids of those that changed.
+        """Do what `change` does for many instances, a hundred in a transaction; return the ids of those that changed.
 
-        Instances that are gone by now are passed over. Whatever `decide` raises undoes all of it.
+        Instances that are gone by now are passed over. Whatever `decide` raises undoes its hundred and ends the rest.
         """
         changed: list[str] = []
-        if not instance_ids:
-            return changed
-        with self._database.write() as connection:
-            for instance_id in instance_ids:
-                found = _read(connection, [tables.instances.c.id == instance_id])
-                update = decide(found[0], lambda: _read_loads(connection)) if found else None
-                if update is not None:
-                    _write(connection, found[0], update)
-                    changed.append(instance_id)
+        for start in range(0, len(instance_ids), _MANY):
+            with self._database.write() as connection:
+                found = _read(connection, [tables.instances.c.id.in_(instance_ids[start : start + _MANY])])
+                for record in found:
+                    update = decide(record, lambda: _read_loads(connection))
+                    if update is not None:
+                        _write(connection, record, update)
+                        changed.append(record.id)
         return changed
 
     def get(self, instance_id: str) -> InstanceRecord:
