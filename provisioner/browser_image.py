@@ -77,10 +77,11 @@ def ensure_browser_image(
 
 def read_recipe(recipe: Path = RECIPE) -> dict[str, bytes]:
     """Return the files that the image is built from, by their path in the build context."""
+    names = (path.relative_to(recipe) for path in sorted(recipe.rglob("*")) if path.is_file())
     return {
-        path.relative_to(recipe).as_posix(): path.read_bytes()
-        for path in sorted(recipe.rglob("*"))
-        if path.is_file() and "__pycache__" not in path.parts and path.name not in _NOT_IN_IMAGE
+        name.as_posix(): (recipe / name).read_bytes()
+        for name in names
+        if name.name not in _NOT_IN_IMAGE and not any(part.startswith((".", "__pycache__")) for part in name.parts)
     }
 
 

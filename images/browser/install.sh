@@ -35,8 +35,8 @@ if [ "$ID" = ubuntu ]; then
     apt-get purge -q -y --auto-remove software-properties-common
     apt-get update -q
 fi
-apt-get install -q -y chromium tigervnc-standalone-server tini python3-minimal libpython3-stdlib \
-    fonts-liberation fonts-noto-color-emoji ca-certificates tzdata
+apt-get install -q -y chromium tigervnc-standalone-server blackbox tini python3-minimal libpython3-stdlib \
+    fonts-liberation fonts-dejavu-core fonts-wqy-microhei fonts-noto-color-emoji ca-certificates tzdata
 
 # noVNC is a folder of JavaScript; its package would bring Node.js and NumPy along.
 cd /tmp
