@@ -12,7 +12,11 @@ RESTORE_TYPE = "machineuse:index:Restore"
 
 
 class _Resource(pulumi.CustomResource):
-    """Gives outputs Python's names: the engine calls `quickCopy` what the program calls `quick_copy`."""
+    """Gives properties Python's names: the engine calls `quickCopy` what the program calls `quick_copy`."""
+
+    def translate_input_property(self, prop: str) -> str:
+        head, *rest = prop.split("_")
+        return head + "".join(word.capitalize() for word in rest)
 
     def translate_output_property(self, prop: str) -> str:
         return re.sub(r"(?<=[a-z0-9])([A-Z])", lambda match: "_" + match[1].lower(), prop)
@@ -53,28 +57,28 @@ class Snapshot(_Resource):
     ) -> None:
         inputs = {
             "cluster": cluster,
-            "ledgerId": ledger_id,
+            "ledger_id": ledger_id,
             "instance": instance,
             "generation": generation,
-            "nodeId": node_id,
-            "dockerHost": docker_host,
+            "node_id": node_id,
+            "docker_host": docker_host,
             "container": container,
             "volume": volume,
             "image": image,
-            "homePath": home_path,
-            "copyVolume": copy_volume,
-            "helperImage": helper_image,
-            "stopTimeoutS": stop_timeout_s,
+            "home_path": home_path,
+            "copy_volume": copy_volume,
+            "helper_image": helper_image,
+            "stop_timeout_s": stop_timeout_s,
         }
         outputs = (
             "bytes",
-            "createdAt",
+            "created_at",
             "entries",
-            "manifestSha256",
+            "manifest_sha256",
             "parts",
-            "quickCopy",
-            "quickCopyError",
-            "stoppedCleanly",
+            "quick_copy",
+            "quick_copy_error",
+            "stopped_cleanly",
         )
         super().__init__(SNAPSHOT_TYPE, resource_name, inputs | dict.fromkeys(outputs), opts)
 
@@ -107,16 +111,16 @@ class Restore(_Resource):
     ) -> None:
         inputs = {
             "cluster": cluster,
-            "ledgerId": ledger_id,
+            "ledger_id": ledger_id,
             "instance": instance,
-            "snapshotGeneration": snapshot_generation,
+            "snapshot_generation": snapshot_generation,
             "method": method,
-            "nodeId": node_id,
-            "dockerHost": docker_host,
+            "node_id": node_id,
+            "docker_host": docker_host,
             "volume": volume,
             "image": image,
-            "helperImage": helper_image,
-            "copyVolume": copy_volume,
+            "helper_image": helper_image,
+            "copy_volume": copy_volume,
         }
-        outputs = ("methodUsed", "fallbackReason", "bytes")
+        outputs = ("method_used", "fallback_reason", "bytes")
         super().__init__(RESTORE_TYPE, resource_name, inputs | dict.fromkeys(outputs), opts)

@@ -25,13 +25,15 @@ from provisioner.docker_hosts.volumes import remove_volume
 from provisioner.errors import DockerError, DockerNotFound
 from provisioner.snapshots.machine import Change, ChangeKind, ContainerFacts, HomeFacts, Volumes
 from provisioner.snapshots.manifest import ImageIdentity
+from provisioner.snapshots.mark import MARK_NAME
 from provisioner.snapshots.tars import TarScanner
 
 INSTANCE_LABEL = "machineuse.instance"
 
-_MARK = ".machineuse-restored"
 _STAMP = ".complete"
 _CHUNK_BYTES = 1 << 20
+_SMALL_BYTES = 64 << 10
+_RECORD_BYTES = 64 << 20
 _KILLED = 137
 _NO_COPY = 3
 
@@ -73,6 +75,7 @@ class DockerMachine:
         found = self._host.call(f"inspect {container}", self._host.api.inspect_container, container)
         state = found["State"]
         return ContainerFacts(
+            id=found["Id"],
             running=state["Running"],
             started_at=_parse_time(state["StartedAt"]),
             stopped_cleanly=state["ExitCode"] != _KILLED and not state["OOMKilled"],
@@ -106,6 +109,10 @@ class DockerMachine:
         chunks = self._host.call(what, self._host.slow_api.export, container, chunk_size=_CHUNK_BYTES)
         with _closing(self._stream(chunks, what=what)) as stream:
             yield stream
+
+    def read_mark(self, container: str, home_path: str) -> str | None:
+        """Return the mark that a restore left in a container's home directory, or None."""
+        return self._read_small(container, f"{home_path}/{MARK_NAME}")
 
     def list_changes(self, container: str) -> tuple[Change, ...]:
         """Return what the container changed above its image."""
@@ -162,7 +169,7 @@ class DockerMachine:
             if HELPER_LABEL not in user["Labels"]
         }
         with self._helper(volumes.home, mounts={"/to": volumes.home}) as helper:
-            return HomeFacts(mark=self._read_small(helper, f"/to/{_MARK}"), used_by=used_by)
+            return HomeFacts(mark=self._read_small(helper, f"/to/{MARK_NAME}"), used_by=used_by)
 
     def fill_home(self, volumes: Volumes, *, stamp: str, mark: str) -> str | None:
         """Empty the home volume, fill it from the copy volume, remove Chromium's locks, and leave `mark` there last.
@@ -180,7 +187,7 @@ class DockerMachine:
             _FILL,
             mounts={"/from": volumes.copy, "/to": volumes.home},
             read_only=("/from",),
-            environment={"STAMP": stamp, "STAMP_NAME": _STAMP, "MARK": mark, "MARK_NAME": _MARK},
+            environment={"STAMP": stamp, "STAMP_NAME": _STAMP, "MARK": mark, "MARK_NAME": MARK_NAME},
         )
         if code == _NO_COPY:
             return _last_line(output)
@@ -221,7 +228,7 @@ class DockerMachine:
             raise DockerError(f"The volume {volumes.home} could not be changed: {_last_line(output)}", detail=output)
 
     def _leave_mark(self, helper: str, name: str, mark: str) -> None:
-        self._unpack(helper, iter([_single(f"{name}/{_MARK}", mark.encode())]), what="mark the home volume")
+        self._unpack(helper, iter([_single(f"{name}/{MARK_NAME}", mark.encode())]), what="mark the home volume")
 
     def _unpack(self, helper: str, chunks: Iterator[bytes], *, what: str) -> None:
         self._host.call(what, self._host.slow_api.put_archive, helper, "/to", chunks)
@@ -258,7 +265,7 @@ class DockerMachine:
         )
         try:
             with self.read_path(created["Id"], path) as chunks:
-                return _only_file(chunks)
+                return _only_file(chunks, limit=_RECORD_BYTES)
         finally:
             self._host.call(what, self._host.slow_api.remove_container, created["Id"], force=True)
 
@@ -322,23 +329,27 @@ class DockerMachine:
             yield from chunks
 
     def _read_small(self, container: str, path: str) -> str | None:
+        """Return a small file's text, or None when there is none: what a user puts there instead must not stop us."""
         try:
             with self.read_path(container, path) as chunks:
-                return _only_file(chunks).decode(errors="replace")
-        except DockerNotFound:
+                return _only_file(chunks, limit=_SMALL_BYTES).decode(errors="replace")
+        except (DockerNotFound, tarfile.TarError):
             return None
 
 
-def _only_file(chunks: Iterable[bytes], *, limit: int = 64 << 20) -> bytes:
+def _only_file(chunks: Iterable[bytes], *, limit: int) -> bytes:
+    """Return the content of a tar's first entry; raises `TarError` when that is no file or there is too much."""
     data = bytearray()
     for chunk in chunks:
         data += chunk
         if len(data) > limit:
-            raise DockerError(f"A file of more than {limit} bytes is where a small one should be.")
+            raise tarfile.ReadError(f"more than {limit} bytes")
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
         member = archive.next()
         file = archive.extractfile(member) if member is not None and member.isreg() else None
-        return file.read() if file is not None else b""
+        if file is None:
+            raise tarfile.ReadError("not a file")
+        return file.read()
 
 
 def _single(name: str, content: bytes) -> bytes:

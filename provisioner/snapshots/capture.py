@@ -10,7 +10,8 @@
 
 Any other failure removes what was written, starts the container again and raises `SnapshotFailed`. After a crash the
 same capture is simply run again: `prepare` throws away what the crash left, or finds the snapshot complete. A snapshot
-that is complete while its container has been started since is out of date, and taken anew.
+that is complete while its container has been started since is out of date, and taken anew. One that an instance has
+been revived from (or from a later one) can't be taken any more: asking for it disturbs nobody.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from provisioner.snapshots.changes import (
 )
 from provisioner.snapshots.machine import RESTORED_REPOSITORY, ContainerFacts, Machine, Progress, Volumes
 from provisioner.snapshots.manifest import ImageIdentity, Manifest, Part, PartName, SnapshotId
+from provisioner.snapshots.mark import parse_mark
 from provisioner.snapshots.store import SnapshotStore, SnapshotWriter
 from provisioner.snapshots.tars import TarBroken, write_part
 
@@ -150,6 +152,7 @@ class Capture:
 
     def _prepare(self) -> None:
         self._facts = self._machine.inspect_container(self._request.container)
+        self._refuse_past()
         self._parts.clear()
         self._writer = self._store.begin(self._request.snapshot)
 
@@ -209,6 +212,16 @@ class Capture:
     def _commit(self) -> None:
         self._open_writer().commit(self._verified_manifest())
 
+    def _refuse_past(self) -> None:
+        snapshot, home_path = self._request.snapshot, self._request.volumes.home_path
+        mark = parse_mark(self._machine.read_mark(self._request.container, home_path))
+        if mark is not None and mark.generation >= snapshot.generation:
+            raise SnapshotFailed(
+                f"Snapshot {snapshot} can't be taken any more: the instance has been revived from "
+                f"snapshot {mark.generation} since.",
+                resolution="If that snapshot was removed by hand, make the instance dormant again to get a new one.",
+            )
+
     # -- what they share ---------------------------------------------------------------------------------------------
 
     def _write_part(self, name: PartName, chunks: Iterator[bytes], *, what: str) -> None:
@@ -242,6 +255,7 @@ class Capture:
             image=ImageIdentity(reference=request.image, id=self._record.original.id),
             home_path=request.volumes.home_path,
             stopped_cleanly=facts.stopped_cleanly,
+            container_id=facts.id,
             run_started_at=facts.started_at,
             parts=tuple(self._parts[name] for name in PartName if name in self._parts),
             changed_paths=self._changed_paths,
@@ -257,7 +271,8 @@ class Capture:
             return None
         with contextlib.suppress(DockerNotFound):  # a container that is gone has not run since
             facts = self._machine.inspect_container(self._request.container)
-            if facts.started_at != manifest.run_started_at:
+            # Another container is a later life of the instance: then this is an old snapshot, asked for once more.
+            if facts.id == manifest.container_id and facts.started_at != manifest.run_started_at:
                 log.warning("snapshot out of date", snapshot=str(snapshot))
                 self._store.delete(snapshot)
                 return None

@@ -42,6 +42,7 @@ class Change:
 class ContainerFacts:
     """What must be known of a container before it is captured."""
 
+    id: str
     running: bool
     started_at: datetime | None
     stopped_cleanly: bool
@@ -92,6 +93,10 @@ class Machine(Protocol):
 
     def export_container(self, container: str) -> AbstractContextManager[Iterator[bytes]]:
         """Stream a tar of a container's whole root file system, without its volumes."""
+        ...
+
+    def read_mark(self, container: str, home_path: str) -> str | None:
+        """Return the mark that a restore left in a container's home directory, or None."""
         ...
 
     def list_changes(self, container: str) -> tuple[Change, ...]:

@@ -76,8 +76,9 @@ class Manifest(_Frozen):
     home_path: str
     stopped_cleanly: bool
     """False when the container had to be killed: the last seconds of its profile may be missing."""
-    run_started_at: datetime | None = None
-    """When the container was started whose run this is, by the node's clock: a later start makes the snapshot stale."""
+    container_id: str
+    run_started_at: datetime | None
+    """When that container was started, by the node's clock: a later start of it makes the snapshot stale."""
     parts: tuple[Part, ...]
     changed_paths: int = Field(ge=0)
     """How many paths above the image `rootfs.tar.zst` carries."""

@@ -16,15 +16,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from pathlib import PurePosixPath
 
 import structlog
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from provisioner.errors import Conflict, DockerError, SnapshotMissing
 from provisioner.snapshots.machine import RESTORED_REPOSITORY, Machine, Progress, Volumes
 from provisioner.snapshots.manifest import Manifest, PartName, SnapshotId
+from provisioner.snapshots.mark import Mark, Method, parse_mark
 from provisioner.snapshots.store import SnapshotStore, verify_snapshot
 from provisioner.snapshots.tars import CHUNK_BYTES, read_tar
 
@@ -32,13 +31,6 @@ log = structlog.get_logger(__name__)
 
 LOCKS = frozenset({"SingletonLock", "SingletonCookie", "SingletonSocket"})
 """Chromium's locks; a stale one names a container that is gone and keeps the browser from starting."""
-
-
-class Method(StrEnum):
-    """How a snapshot is given back; the API's words."""
-
-    QUICK_START = "quick_start"
-    FULL_RESTORE = "full_restore"
 
 
 @dataclass(frozen=True)
@@ -62,14 +54,6 @@ class RestoreResult:
     """The image that the instance's container has to run."""
     bytes: int
     """Size of the home directory's archive, uncompressed."""
-
-
-class _Mark(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-    home_sha256: str
-    method_used: Method
-    fallback_reason: str | None
 
 
 def restored_tag(snapshot: SnapshotId) -> str:
@@ -119,11 +103,11 @@ class _Restoring:
     locks: list[str] = field(default_factory=list)
     verified: bool = False
 
-    def find_mark(self) -> _Mark | None:
+    def find_mark(self) -> Mark | None:
         """Return the mark of a restore that was completed, or None when the volume may be filled."""
         volumes = self.request.volumes
         home = self.machine.inspect_home(volumes)
-        mark = _parse(home.mark)
+        mark = parse_mark(home.mark)
         if mark is not None and mark.home_sha256 == self.manifest.home.sha256:
             return mark
         if not home.used_by:
@@ -138,7 +122,7 @@ class _Restoring:
             )
         return self._mark(self.request.method, None)
 
-    def fill_home(self) -> _Mark:
+    def fill_home(self) -> Mark:
         """Fill the home volume by the method that was asked for, or the other one."""
         reason = None
         if self.request.method is Method.QUICK_START:
@@ -223,14 +207,10 @@ class _Restoring:
             resolution="Pull or build that image on the node, then revive the instance again.",
         )
 
-    def _mark(self, method: Method, reason: str | None) -> _Mark:
-        return _Mark(home_sha256=self.manifest.home.sha256, method_used=method, fallback_reason=reason)
-
-
-def _parse(mark: str | None) -> _Mark | None:
-    if mark is None:
-        return None
-    try:
-        return _Mark.model_validate_json(mark)
-    except ValidationError:
-        return None
+    def _mark(self, method: Method, reason: str | None) -> Mark:
+        return Mark(
+            generation=self.manifest.generation,
+            home_sha256=self.manifest.home.sha256,
+            method_used=method,
+            fallback_reason=reason,
+        )

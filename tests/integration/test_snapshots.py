@@ -20,7 +20,8 @@ from provisioner.snapshots.capture import Capture, CaptureRequest
 from provisioner.snapshots.directory import DirectoryStore
 from provisioner.snapshots.machine import Volumes
 from provisioner.snapshots.manifest import SnapshotId
-from provisioner.snapshots.restore import Method, RestoreRequest, RestoreResult, restore, restored_tag
+from provisioner.snapshots.mark import Method
+from provisioner.snapshots.restore import RestoreRequest, RestoreResult, restore, restored_tag
 from stacks.spec import BROWSER_IMAGE
 
 HOME = "/home/machine"

@@ -11,7 +11,7 @@ from provisioner.errors import InvalidRequest
 from provisioner.plugins.resources import Change, ChangeKind, Checked, Difference, Failure
 from provisioner.plugins.values import Properties, has_unknowns
 from provisioner.snapshots.manifest import ID_PATTERN, SnapshotId
-from provisioner.snapshots.restore import Method
+from provisioner.snapshots.mark import Method
 
 CLUSTER_LABEL = "machineuse.cluster"
 

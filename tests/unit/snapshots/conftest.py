@@ -11,7 +11,8 @@ from provisioner.snapshots.capture import CaptureRequest
 from provisioner.snapshots.directory import DirectoryStore
 from provisioner.snapshots.machine import Change, ChangeKind, Volumes
 from provisioner.snapshots.manifest import SnapshotId
-from provisioner.snapshots.restore import Method, RestoreRequest
+from provisioner.snapshots.mark import Method
+from provisioner.snapshots.restore import RestoreRequest
 from tests.unit.snapshots.fakes import FakeMachine
 
 SNAPSHOT = SnapshotId(instance_id="mu-test", generation=3)

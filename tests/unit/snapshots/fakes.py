@@ -16,8 +16,8 @@ from typing import Any
 from provisioner.errors import DockerNotFound
 from provisioner.snapshots.machine import Change, ContainerFacts, HomeFacts, Volumes
 from provisioner.snapshots.manifest import ImageIdentity
+from provisioner.snapshots.mark import MARK_NAME
 
-MARK = ".machineuse-restored"
 START = datetime(2026, 1, 1, tzinfo=UTC)
 IMAGE_ID = "sha256:original"
 
@@ -30,6 +30,7 @@ class FakeContainer:
     volume: str
     instance: str
     image: ImageIdentity
+    id: str = "container-1"
     running: bool = True
     starts: int = 1
     changes: list[Change] = field(default_factory=list)
@@ -65,6 +66,7 @@ class FakeMachine:
     def inspect_container(self, container: str) -> ContainerFacts:
         found = self._container(container)
         return ContainerFacts(
+            id=found.id,
             running=found.running,
             started_at=START + timedelta(minutes=found.starts),
             stopped_cleanly=True,
@@ -95,6 +97,10 @@ class FakeMachine:
         self.exports += 1
         yield iter(_pack(self._container(container).root, "."))
 
+    def read_mark(self, container: str, home_path: str) -> str | None:
+        mark = self.volume(self._container(container).volume) / MARK_NAME
+        return mark.read_text() if mark.exists() else None
+
     def list_changes(self, container: str) -> tuple[Change, ...]:
         return tuple(self._container(container).changes)
 
@@ -119,7 +125,7 @@ class FakeMachine:
     def inspect_home(self, volumes: Volumes) -> HomeFacts:
         if not self.volume(volumes.home).exists():
             raise DockerNotFound(f"no volume {volumes.home}")
-        mark = self.volume(volumes.home) / MARK
+        mark = self.volume(volumes.home) / MARK_NAME
         return HomeFacts(
             mark=mark.read_text() if mark.exists() else None,
             used_by={name: each.instance for name, each in self.containers.items() if each.volume == volumes.home},
@@ -136,7 +142,7 @@ class FakeMachine:
         for path in home.rglob("*"):
             if path.name == "SingletonLock":
                 path.unlink()
-        (home / MARK).write_text(mark)
+        (home / MARK_NAME).write_text(mark)
         return None
 
     def write_home(self, volumes: Volumes, chunks: Iterator[bytes], *, mark: str, locks: Sequence[str]) -> None:
@@ -144,7 +150,7 @@ class FakeMachine:
         self._unpack(chunks, home)
         for lock in locks:
             (home / lock).unlink()
-        (home / MARK).write_text(mark)
+        (home / MARK_NAME).write_text(mark)
 
     def has_image(self, image: str) -> bool:
         return image in self.images
@@ -250,7 +256,7 @@ def content(directory: Path) -> dict[str, str]:
     """Return what is in a directory, the mark of a restore aside."""
     found = {}
     for path in sorted(directory.rglob("*")):
-        if path.name != MARK:
+        if path.name != MARK_NAME:
             name = str(path.relative_to(directory))
             found[name] = str(path.readlink()) if path.is_symlink() else path.read_text() if path.is_file() else "/"
     return found

@@ -12,7 +12,8 @@ from provisioner.errors import DockerError, NodeUnreachable, SnapshotFailed, Sna
 from provisioner.snapshots.capture import Capture, CaptureResult
 from provisioner.snapshots.changes import RECORD_PATH, Record
 from provisioner.snapshots.manifest import PartName
-from provisioner.snapshots.restore import Method, restore
+from provisioner.snapshots.mark import Method
+from provisioner.snapshots.restore import restore
 from provisioner.snapshots.store import verify_snapshot
 from tests.unit.snapshots.conftest import SNAPSHOT, Scene
 from tests.unit.snapshots.fakes import Killed, Trouble, content
@@ -184,6 +185,26 @@ def test_a_snapshot_is_taken_anew_if_the_instance_has_run_since(scene: Scene) ->
     (scene.home / "notes.txt").write_text("written since")
     take(scene)
     assert_whole(scene)
+
+
+def test_an_old_snapshot_is_found_again_though_the_instance_was_revived_from_it(scene: Scene) -> None:
+    first = take(scene).manifest
+    container = scene.machine.containers["browser-1"]
+    container.id = "container-2"
+    scene.machine.start_container("browser-1")
+    assert take(scene).manifest == first
+    assert container.running, "asking for an old snapshot disturbs nobody"
+
+
+def test_an_old_snapshot_that_is_gone_is_not_taken_from_the_revived_instance(scene: Scene) -> None:
+    take(scene)
+    restore(scene.restore(Method.FULL_RESTORE), machine=scene.machine, store=scene.store)
+    container = scene.machine.containers["browser-1"]
+    container.volume, container.running, starts = "new-home", True, container.starts
+    scene.store.delete(SNAPSHOT)
+    with pytest.raises(SnapshotFailed, match="has been revived from snapshot 3 since"):
+        take(scene)
+    assert (container.running, container.starts) == (True, starts)
 
 
 def test_a_second_snapshot_is_relative_to_the_original_image(scene: Scene) -> None:

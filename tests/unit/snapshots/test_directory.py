@@ -52,6 +52,8 @@ def write(store: DirectoryStore, generation: int = 1, text: str = "text") -> tup
         image=ImageIdentity(reference="browser", id="sha256:1"),
         home_path="/home/machine",
         stopped_cleanly=True,
+        container_id="c",
+        run_started_at=None,
         parts=(part,),
         changed_paths=0,
     )

@@ -6,9 +6,10 @@ import pytest
 
 from provisioner.errors import Conflict, DockerError, DockerNotFound, SnapshotCorrupt, SnapshotMissing
 from provisioner.snapshots.capture import Capture
-from provisioner.snapshots.restore import Method, RestoreResult, restore, restored_tag
+from provisioner.snapshots.mark import MARK_NAME, Method
+from provisioner.snapshots.restore import RestoreResult, restore, restored_tag
 from tests.unit.snapshots.conftest import SNAPSHOT, Scene
-from tests.unit.snapshots.fakes import MARK, Killed, Trouble, content
+from tests.unit.snapshots.fakes import Killed, Trouble, content
 
 CALLS = 30
 """More calls than a restore makes."""
@@ -138,7 +139,7 @@ def test_done_once_it_is_not_done_again(asleep: Scene) -> None:
 def test_a_volume_that_the_instance_uses_is_never_written_to(asleep: Scene) -> None:
     give_back(asleep, Method.FULL_RESTORE)
     home = asleep.machine.volume("new-home")
-    (home / MARK).unlink()
+    (home / MARK_NAME).unlink()
     (home / "notes.txt").write_text("written since")
     asleep.machine.add_container("browser-2", volume="new-home", instance=SNAPSHOT.instance_id)
     give_back(asleep, Method.FULL_RESTORE)
@@ -155,8 +156,8 @@ def test_a_volume_that_a_stranger_uses_is_refused(asleep: Scene) -> None:
 def test_a_mark_that_came_with_the_archive_is_not_believed(asleep: Scene) -> None:
     request = asleep.restore(Method.FULL_RESTORE)
     home = asleep.machine.volume("new-home")
-    (home / MARK).write_text(
-        '{"home_sha256": "' + "0" * 64 + '", "method_used": "quick_start", "fallback_reason": null}'
+    (home / MARK_NAME).write_text(
+        '{"generation": 3, "home_sha256": "' + "0" * 64 + '", "method_used": "quick_start", "fallback_reason": null}'
     )
     restore(request, machine=asleep.machine, store=asleep.store)
     assert content(home) == kept(asleep)
