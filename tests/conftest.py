@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -14,11 +14,17 @@ StartService = Callable[..., Service]
 
 @pytest.fixture(scope="module")
 def start_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartService]:
-    """Give a function that starts a service with these settings; every one is stopped and cleaned up."""
+    """Give a function that starts a service with these settings; every one is stopped and cleaned up.
+
+    `node` and `images` go into the cluster's file: what its one node has beside the defaults, and the catalogue.
+    """
     started: list[Service] = []
 
-    def start(**settings: object) -> Service:
-        service = Service(_project(tmp_path_factory), settings={k: str(v) for k, v in settings.items()})
+    def start(
+        *, node: Mapping[str, object] | None = None, images: Mapping[str, str] | None = None, **settings: object
+    ) -> Service:
+        given = {name: str(value) for name, value in settings.items()}
+        service = Service(_project(tmp_path_factory), settings=given, node=node, images=images)
         started.append(service)
         service.start()
         return service

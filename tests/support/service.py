@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,27 @@ from provisioner.settings import Settings
 from provisioner.toolchain.environment import environment
 
 ENGINE = "unix:///var/run/docker.sock"
+COMMAND = Path(sys.executable).parent / "machineuse"
 
 
 class Service:
     """One service: start, stop, kill and restart it; talk to it by `http`; look behind it by `docker` and `pulumi`."""
 
-    def __init__(self, project: Path, *, settings: dict[str, str]) -> None:
+    def __init__(
+        self,
+        project: Path,
+        *,
+        settings: dict[str, str],
+        node: Mapping[str, object] | None = None,
+        images: Mapping[str, str] | None = None,
+    ) -> None:
         self.project = project
         self.cluster = f"t{secrets.token_hex(4)}"
         self.port = free_port()
         self.log_path = project / "serve.log"
         self.docker = docker.from_env()
         self._process: subprocess.Popen[bytes] | None = None
-        self._environment = {
+        self.environment = {
             **os.environ,
             "MACHINEUSE_PROJECT_DIR": str(project),
             "MACHINEUSE_CLUSTER": self.cluster,
@@ -43,14 +52,18 @@ class Service:
         }
         self.settings = Settings(project_dir=project, cluster=self.cluster)
         first = random.randrange(25000, 31000, 20)  # below the kernel's ephemeral ports; a range of its own per service
-        self.write_cluster_file(ports={"first": first, "last": first + 99})
+        self.ports = range(first, first + 100)
+        self.write_cluster_file(ports={"first": first, "last": first + 99}, images=images, **(node or {}))
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=120)
 
-    def write_cluster_file(self, *, ports: dict[str, int], **node: object) -> None:
-        """Write the cluster's file with one node."""
+    def write_cluster_file(
+        self, *, ports: dict[str, int], images: Mapping[str, str] | None = None, **node: object
+    ) -> None:
+        """Write the cluster's file with one node, and with a catalogue of images where one is given."""
         local = {"id": "local", "host": ENGINE, "address": "127.0.0.1", "ports": ports, **node}
+        catalogue = {} if images is None else {"cluster:images": dict(images)}
         path = self.project / f"Pulumi.{self.cluster}.yaml"
-        path.write_text(json.dumps({"config": {"cluster:nodes": [local]}}))
+        path.write_text(json.dumps({"config": {"cluster:nodes": [local], **catalogue}}))
 
     # ---- the process
 
@@ -58,8 +71,8 @@ class Service:
         """Start it and wait until it serves."""
         with self.log_path.open("ab") as out:
             self._process = subprocess.Popen(
-                [str(Path(sys.executable).parent / "machineuse"), "serve"],
-                env=self._environment,
+                [str(COMMAND), "serve"],
+                env=self.environment,
                 stdout=out,
                 stderr=out,
                 stdin=subprocess.DEVNULL,
@@ -153,13 +166,25 @@ class Service:
         done = subprocess.run(
             ["pulumi", *arguments, "--non-interactive", "--color", "never"],
             cwd=self.project,
-            env={**self._environment, **environment(self.settings), **extra},
+            env={**self.environment, **environment(self.settings), **extra},
             capture_output=True,
             text=True,
             timeout=120,
             check=False,
         )
         return done
+
+    def machineuse(self, *arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
+        """Run the command `machineuse` with this service's settings, as a person in a shell would."""
+        return subprocess.run(
+            [str(COMMAND), *arguments],
+            cwd=self.project,
+            env={**self.environment, **extra},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
 
     def urns(self) -> list[str]:
         """Return the URNs in the cluster's stack."""
