@@ -24,7 +24,7 @@ import structlog
 from provisioner import lifecycle
 from provisioner.changes import Changes
 from provisioner.engine import Program, UpdateResult
-from provisioner.errors import EngineError, MachineuseError, PortTaken, SnapshotFailed
+from provisioner.errors import DockerNotFound, EngineError, MachineuseError, PortTaken, SnapshotFailed
 from provisioner.ledger import Ledger
 from provisioner.ledger.instances import LoadReader, Update
 from provisioner.ledger.records import InstanceRecord, SnapshotState
@@ -34,7 +34,7 @@ from provisioner.settings import Settings
 from provisioner.specs import all_urns, body_urns, specs_of
 from provisioner.states import Wanted
 from stacks.cluster import declare
-from stacks.names import Names, if_there
+from stacks.names import NETWORK_TYPE, Names, if_there, network_name
 from stacks.spec import ClusterSpec
 
 log = structlog.get_logger(__name__)
@@ -119,8 +119,7 @@ class Converger:
         self._await_ready = await_ready
         self._prepare = prepare
         self._names = Names(cluster.name)
-        self.updates = 0
-        """How many updates ran."""
+        self._nodes_in_doubt = False
 
     def step(self) -> float | None:
         """Run one update of what is due; return in how many seconds something is due again, None when nothing is."""
@@ -129,12 +128,25 @@ class Converger:
         due = [work for work in planned if work.record.retry_at <= now][:BATCH]
         if due and not (due := [work for work in due if self._is_prepared(work)]):
             return None
+        if due and self._nodes_in_doubt:
+            self._restore_nodes()
         if due:
             # A repair looks at the real container first, which would slow the others down: those go ahead.
             plain = [work for work in due if not work.record.repair]
             self._run(plain or due, refresh=not plain)
             return 0.0
         return max(min(work.record.retry_at for work in planned) - now, 0.0) if planned else None
+
+    def _restore_nodes(self) -> None:
+        """Look at the nodes' networks and make again what somebody removed (`docker network prune`, say)."""
+
+        async def program() -> None:
+            await declare(self._cluster, ledger_id=self._ledger.id, instances=(), claim=False)
+
+        networks = [self._names.urn(NETWORK_TYPE, network_name(node.id)) for node in self._cluster.nodes]
+        result = self._engine.update(program, targets=networks, refresh=True)
+        self._nodes_in_doubt = bool(result.errors)
+        log.warning("nodes looked at", changed=result.changed, errors=result.errors or None)
 
     def _is_prepared(self, work: Work) -> bool:
         try:
@@ -150,7 +162,6 @@ class Converger:
             await declare(self._cluster, ledger_id=self._ledger.id, instances=specs, claim=False)
 
         targets = [urn for work in batch for urn in work.targets]
-        self.updates += 1
         try:
             result = self._engine.update(program, targets=targets, refresh=refresh)
         except EngineError as error:
@@ -223,6 +234,7 @@ class Converger:
         if work.step is not Step.CREATE:
             self._retry(work, error)  # nothing is lost meanwhile, and giving up would leave a half-deleted instance
             return
+        self._nodes_in_doubt |= isinstance(error, DockerNotFound)
         if isinstance(error, PortTaken) and record.attempts + 1 < self._settings.create_attempts:
             self._ledger.instances.change(
                 record.id, lambda r, loads: self._other_ports(r, loads=loads, generation=generation, error=error)

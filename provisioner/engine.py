@@ -148,7 +148,11 @@ class Engine:
             done = self._call(arguments)
             result = _read_events(events, duration_s=time.monotonic() - started)
         if _LOCKED in done.stderr:
-            raise StackLocked("Somebody else is updating the stack.", detail=done.stderr.strip())
+            raise StackLocked(
+                "Somebody else is updating the stack.",
+                detail=done.stderr.strip(),
+                resolution="If nobody is, remove the lock with `machineuse pulumi -- cancel`.",
+            )
         if result is None or (done.returncode != 0 and not result.errors):
             raise EngineError(
                 "The Pulumi engine failed.",

@@ -62,3 +62,10 @@ def test_a_container_that_somebody_removed_is_made_again_with_its_home(service: 
     service.wait_for(instance["id"], "creating", timeout_s=60)
     service.wait_for(instance["id"], "running", timeout_s=60)
     assert service.container(instance["id"]).exec_run(["cat", "/home/machine/note"]).output == b"kept\n"
+
+
+def test_a_network_that_somebody_pruned_is_made_again(service: Service) -> None:
+    for known in service.http.get("/v2/instances").json()["instances"]:
+        service.delete(known["id"])
+    service.docker.networks.get(f"machineuse-{service.cluster}").remove()
+    assert service.create(config=SMALL)["status"] == "running"
