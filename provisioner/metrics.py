@@ -19,7 +19,7 @@ from provisioner import machine
 from provisioner.docker_hosts.hosts import DockerHost, DockerHosts
 from provisioner.docker_hosts.inventory import list_containers
 from provisioner.docker_hosts.stats import Reading, cpu_percent, read_container
-from provisioner.errors import DockerError, DockerNotFound, InvalidRequest
+from provisioner.errors import DockerError, InvalidRequest, NodeUnreachable
 from provisioner.ledger import Ledger
 from provisioner.ledger.records import InstanceRecord, NodeRecord, NodeStatus
 from provisioner.ledger.samples import HOUR, RAW, TEN_MINUTES, Sample, Scope, Usage
@@ -159,8 +159,11 @@ class Sampler:
         def read(container_id: str) -> Reading | None:
             try:
                 return read_container(host, container_id=container_id)
-            except DockerNotFound:
-                return None  # gone meanwhile
+            except NodeUnreachable:
+                raise
+            except DockerError as error:
+                log.debug("container not read", container=container_id, error=error.message)
+                return None  # gone meanwhile; the others are told all the same
 
         if not container_ids:
             return {}

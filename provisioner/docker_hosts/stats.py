@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+import requests
+
 from provisioner.docker_hosts.hosts import DockerHost
 
 
@@ -28,7 +30,10 @@ class Reading:
 
 def read_container(host: DockerHost, *, container_id: str) -> Reading | None:
     """Return what the container uses; None when it does not run. Raises DockerNotFound and DockerError."""
-    raw = host.call("read a container's use", host.api.stats, container_id, stream=False, one_shot=True)
+    try:
+        raw = host.call("read a container's use", host.api.stats, container_id, stream=False, one_shot=True)
+    except requests.exceptions.JSONDecodeError:
+        return None  # it went away meanwhile: the engine answers with nothing
     return parse_reading(raw)
 
 

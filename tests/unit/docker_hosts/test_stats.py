@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import requests
 
-from provisioner.docker_hosts.stats import Reading, cpu_percent, parse_reading
+from provisioner.docker_hosts.stats import Reading, cpu_percent, parse_reading, read_container
 
 
 def answer(**memory: Any) -> dict[str, Any]:
@@ -54,3 +55,20 @@ def test_cpu_use_is_never_more_than_all_of_it() -> None:
 @pytest.mark.parametrize("after", [reading(at=10, cpu_s=1), reading(at=12, cpu_s=0.5)])
 def test_a_restart_or_no_time_in_between_says_nothing(after: Reading) -> None:
     assert cpu_percent(reading(at=10, cpu_s=1), after, cores=1) is None
+
+
+class DyingContainer:
+    """A host whose engine answers a question about a container that goes away with an empty body."""
+
+    class api:
+        @staticmethod
+        def stats(*_: object, **__: object) -> None:
+            raise requests.exceptions.JSONDecodeError("Expecting value", "", 0)
+
+    @staticmethod
+    def call(_what: str, function: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+
+def test_a_container_that_goes_away_meanwhile_has_no_reading() -> None:
+    assert read_container(DyingContainer(), container_id="x") is None  # type: ignore[arg-type]
