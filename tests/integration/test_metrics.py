@@ -63,7 +63,11 @@ def test_an_instance_s_use_is_of_what_it_was_given(watched: Watched) -> None:
 
 def test_memory_is_counted_without_the_page_cache(watched: Watched) -> None:
     record = watched.add(memory_gb=1.0)
-    reader = ["sh", "-c", "head -c 200000000 /dev/zero > /tmp/big; cat /tmp/big > /dev/null; echo done; sleep infinity"]
+    reader = [
+        "sh",
+        "-c",
+        "head -c 200000000 /dev/zero > /var/tmp/big; cat /var/tmp/big > /dev/null; echo done; sleep infinity",
+    ]
     container = watched.run(record, command=reader)
     wait_until(lambda: container.logs() or None, what="the file is in the page cache")
     host = watched.hosts.get(watched.node.host)
@@ -81,7 +85,7 @@ def test_going_over_the_disk_is_one_event_and_coming_back_another(watched: Watch
     disk = DiskWatch(watched.ledger, cluster=watched.cluster, hosts=watched.hosts)
     disk.step()
     assert not watched.get(record).disk_over
-    code, _ = container.exec_run(["sh", "-c", "head -c 40000000 /dev/urandom > /tmp/big"])
+    code, _ = container.exec_run(["sh", "-c", "head -c 40000000 /dev/urandom > /var/tmp/big"])
     assert code == 0
 
     def over() -> bool:
@@ -91,7 +95,7 @@ def test_going_over_the_disk_is_one_event_and_coming_back_another(watched: Watch
     wait_until(over, what="it is over its disk")
     over()
     assert (watched.get(record).disk_bytes or 0) > 40_000_000
-    container.exec_run(["rm", "/tmp/big"])
+    container.exec_run(["rm", "/var/tmp/big"])
     wait_until(lambda: not over(), what="it is below its disk again")
     assert len(watched.events("disk_over")) == len(watched.events("disk_back")) == 1
     assert "0.03 GB of disk; it keeps running" in watched.events("disk_over")[0]
