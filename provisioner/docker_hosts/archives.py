@@ -21,6 +21,7 @@ from docker.errors import APIError
 
 from provisioner.docker_hosts.helpers import HELPER_LABEL, helper_container, run_helper
 from provisioner.docker_hosts.hosts import DockerHost
+from provisioner.docker_hosts.layers import pack_context, pack_file
 from provisioner.docker_hosts.volumes import remove_volume
 from provisioner.errors import DockerError, DockerNotFound
 from provisioner.snapshots.machine import Change, ChangeKind, ContainerFacts, HomeFacts, Volumes
@@ -228,7 +229,7 @@ class DockerMachine:
             raise DockerError(f"The volume {volumes.home} could not be changed: {_last_line(output)}", detail=output)
 
     def _leave_mark(self, helper: str, name: str, mark: str) -> None:
-        self._unpack(helper, iter([_single(f"{name}/{MARK_NAME}", mark.encode())]), what="mark the home volume")
+        self._unpack(helper, iter([pack_file(f"{name}/{MARK_NAME}", mark.encode())]), what="mark the home volume")
 
     def _unpack(self, helper: str, chunks: Iterator[bytes], *, what: str) -> None:
         self._host.call(what, self._host.slow_api.put_archive, helper, "/to", chunks)
@@ -290,8 +291,8 @@ class DockerMachine:
         what = f"build the image {tag}"
         found = self._host.call(f"inspect the image {base}", self._host.api.inspect_image, base)
         user = found["Config"].get("User") or ""
-        context = _build_context(
-            _dockerfile(base, user=user, deletes=bool(deleted_paths)), deleted_paths, rootfs, rootfs_bytes
+        context = pack_context(
+            base=base, user=user, deleted_paths=deleted_paths, rootfs=rootfs, rootfs_bytes=rootfs_bytes
         )
         with self._host.errors(what):
             lines = self._host.slow_api.build(
@@ -350,47 +351,6 @@ def _only_file(chunks: Iterable[bytes], *, limit: int) -> bytes:
         if file is None:
             raise tarfile.ReadError("not a file")
         return file.read()
-
-
-def _single(name: str, content: bytes) -> bytes:
-    header = tarfile.TarInfo(name)
-    header.size, header.mode = len(content), 0o644
-    return _entry(header, content) + bytes(1024)
-
-
-def _entry(header: tarfile.TarInfo, content: bytes) -> bytes:
-    return header.tobuf(tarfile.PAX_FORMAT) + content + bytes(-len(content) % 512)
-
-
-def _dockerfile(base: str, *, user: str, deletes: bool) -> str:
-    lines = [f"FROM {base}"]
-    if deletes:
-        lines += [
-            "USER 0:0",
-            "COPY deleted /.machineuse-deleted",
-            'RUN ["/bin/sh", "-c", "xargs -0 rm -rf -- < /.machineuse-deleted && rm /.machineuse-deleted"]',
-        ]
-    lines.append("ADD rootfs.tar /")
-    if deletes and user:
-        lines.append(f"USER {user}")
-    return "\n".join(lines) + "\n"
-
-
-def _build_context(
-    dockerfile: str, deleted_paths: Sequence[str], rootfs: Iterator[bytes], rootfs_bytes: int
-) -> Iterator[bytes]:
-    """Stream the tar that an image is built from; `rootfs` is passed through, so its size must be known before."""
-    deleted = b"\0".join(path.encode(errors="surrogateescape") for path in deleted_paths)
-    for name, content in (("Dockerfile", dockerfile.encode()), ("deleted", deleted)):
-        header = tarfile.TarInfo(name)
-        header.size = len(content)
-        yield _entry(header, content)
-    header = tarfile.TarInfo("rootfs.tar")
-    header.size = rootfs_bytes
-    yield header.tobuf(tarfile.PAX_FORMAT)
-    yield from rootfs
-    yield bytes(-rootfs_bytes % 512)
-    yield bytes(1024)
 
 
 def _parse_time(text: str) -> datetime | None:
