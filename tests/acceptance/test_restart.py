@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from tests.support.service import Service
@@ -69,3 +71,20 @@ def test_a_network_that_somebody_pruned_is_made_again(service: Service) -> None:
         service.delete(known["id"])
     service.docker.networks.get(f"machineuse-{service.cluster}").remove()
     assert service.create(config=SMALL)["status"] == "running"
+
+
+def test_a_lost_pulumi_state_is_made_again_from_the_ledger(service: Service) -> None:
+    plain, sleeper, woken = (service.create(config=SMALL) for _ in range(3))
+    for instance in (sleeper, woken):
+        assert service.post(f"{instance['id']}/dormant").json()["status"] == "dormant"
+    assert service.post(f"{woken['id']}/revive").json()["status"] == "running"
+    service.container(woken["id"]).exec_run(["sh", "-c", "echo kept > /home/machine/note"])
+    started_at = service.container(plain["id"]).attrs["State"]["StartedAt"]
+    service.stop()
+    shutil.rmtree(service.settings.state_dir)
+    service.start()
+    done = service.pulumi("preview", "--stack", service.cluster, "--expect-no-changes")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert service.container(plain["id"]).attrs["State"]["StartedAt"] == started_at
+    assert service.container(woken["id"]).exec_run(["cat", "/home/machine/note"]).output == b"kept\n"
+    assert service.post(f"{sleeper['id']}/revive").json()["status"] == "running"
