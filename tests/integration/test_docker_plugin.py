@@ -128,8 +128,15 @@ def policy() -> Policy:
 
 
 @pytest.fixture
-def stack(tmp_path: Path, policy: Policy) -> Iterator[InlineStack]:
-    with PluginHost([DockerProvider(hosts=DockerHosts(timeout_s=2), policy=policy)]) as host:
+def hosts() -> Iterator[DockerHosts]:
+    hosts = DockerHosts(timeout_s=2)
+    yield hosts
+    hosts.close()
+
+
+@pytest.fixture
+def stack(tmp_path: Path, policy: Policy, hosts: DockerHosts) -> Iterator[InlineStack]:
+    with PluginHost([DockerProvider(hosts=hosts, policy=policy)]) as host:
         stack = InlineStack(tmp_path, debug_providers=host.debug_providers)
         yield stack
         stack.close()
@@ -322,10 +329,11 @@ def test_an_input_that_is_not_supported_is_a_failure_that_names_it(machine: Mach
 
 
 def test_a_node_that_does_not_answer_fails_at_once_unless_the_delete_is_forced(
-    machine: Machine, policy: Policy, engine: docker_py.DockerClient
+    machine: Machine, policy: Policy, engine: docker_py.DockerClient, hosts: DockerHosts
 ) -> None:
     machine.stack.up()
     Path(machine.host.removeprefix("unix://")).unlink()
+    hosts.close()  # connections that are open would still work
     machine.body = False
     failed = machine.stack.up("--continue-on-error")
     assert read_code(failed.errors) == "node_unreachable", failed.text
