@@ -138,6 +138,8 @@ class ControlPlane:
         self._stopping.set()
         self.changes.work.set()
         for loop in self._loops:
+            loop.end_soon()
+        for loop in self._loops:
             loop.stop()
         self._readiness.stop()
         self._preparation.close()

@@ -14,6 +14,9 @@ from provisioner.ledger.instances import Update
 from provisioner.ledger.records import InstanceRecord, SnapshotRecord, SnapshotState
 from provisioner.states import Event, Status, Wanted, next_status
 
+DELETED = "deleted"
+"""The kind of the last event of an instance that was deleted."""
+
 # ---- wishes
 
 
@@ -289,7 +292,7 @@ def note_retry(record: InstanceRecord, *, generation: int, error: MachineuseErro
 
 def note_gone(_record: InstanceRecord) -> Update:
     """Everything of it is deleted."""
-    return Update(remove=True, event=("deleted", "it is deleted"))
+    return Update(remove=True, event=(DELETED, "it is deleted"))
 
 
 # ---- observations

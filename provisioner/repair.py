@@ -1,9 +1,10 @@
 """Compares what is on the nodes with the ledger: has lost containers made again, and removes what nobody owns.
 
 A container that is gone or stopped though its instance should run is lost: the converger makes it again around the
-home volume, which stays. A container or volume with our labels whose instance the ledger does not know, in whatever
-state, is an orphan: it is removed. Neither is believed at first sight: both must be seen in two looks in a row, and
-the ledger is asked once more in the transaction, or right before the removal.
+home volume, which stays. A container or volume with our labels whose instance the ledger does not have, in whatever
+state, is an orphan: it is removed when the ledger's events say that the instance was deleted, and only told of when
+they don't (an older ledger was put back, say): that may be somebody's profile. Neither is believed at first sight: both
+must be seen in two looks in a row, and the ledger is asked once more in the transaction, or right before the removal.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import structlog
 
 from provisioner import lifecycle
 from provisioner.changes import Changes
+from provisioner.docker_hosts.archives import DockerMachine
 from provisioner.docker_hosts.containers import remove_container
 from provisioner.docker_hosts.helpers import remove_helpers
 from provisioner.docker_hosts.hosts import DockerHost, DockerHosts
@@ -25,6 +27,8 @@ from provisioner.docker_hosts.volumes import remove_volume
 from provisioner.errors import DockerError, NotFound
 from provisioner.ledger import Ledger
 from provisioner.ledger.records import InstanceRecord, NodeStatus
+from provisioner.lifecycle import DELETED
+from provisioner.snapshots.machine import RESTORED_REPOSITORY
 from provisioner.states import UP, Wanted
 from stacks.names import CONTAINER_TYPE, Names
 from stacks.spec import ClusterSpec, NodeSpec
@@ -66,6 +70,7 @@ class Repair:
         self._names = Names(cluster.name)
         self._lost = {node.id: Sightings() for node in cluster.nodes}
         self._orphans = {(node.id, kind): Sightings() for node in cluster.nodes for kind in (_CONTAINER, _VOLUME)}
+        self._strangers: set[tuple[str, str]] = set()
         self._steps = 0
         self._pool = ThreadPoolExecutor(max_workers=len(cluster.nodes), thread_name_prefix="machineuse-repair")
 
@@ -156,6 +161,9 @@ class Repair:
                 continue
             if instance_id is None and "-probe-" not in name:
                 continue  # the cluster's, not an instance's
+            if instance_id is not None and not self._was_deleted(instance_id):
+                self._tell_of_stranger(node, kind=kind, name=name, instance_id=instance_id)
+                continue
             try:
                 if kind == _CONTAINER:
                     remove_container(host, name, kill=True)
@@ -173,6 +181,21 @@ class Repair:
                 node_id=node.id,
             )
 
+    def _was_deleted(self, instance_id: str) -> bool:
+        return any(event.kind == DELETED for event in self._ledger.events.list(instance_id=instance_id, limit=1))
+
+    def _tell_of_stranger(self, node: NodeSpec, *, kind: str, name: str, instance_id: str) -> None:
+        if (node.id, name) in self._strangers:
+            return
+        self._strangers.add((node.id, name))
+        log.warning("unknown instance", node=node.id, kind=kind, name=name)
+        self._ledger.events.add(
+            "orphan_kept",
+            message=f"{kind} {name} on node {node.id} is of an instance that this ledger has never known; it is kept",
+            instance_id=instance_id,
+            node_id=node.id,
+        )
+
     def _remove_leftovers(self, node: NodeSpec, host: DockerHost) -> None:
         """Remove what a forced delete had to leave while the node did not answer; containers come first in the list."""
         left = self._ledger.leftovers.list(node.id)
@@ -180,6 +203,8 @@ class Repair:
             try:
                 if CONTAINER_TYPE in leftover.urn:
                     remove_container(host, leftover.name, kill=True)
+                elif leftover.name.startswith(f"{RESTORED_REPOSITORY}:"):
+                    DockerMachine(host, helper_image=self._cluster.helper_image).remove_image(leftover.name)
                 else:
                     remove_helpers(host, leftover.name)
                     remove_volume(host, leftover.name)

@@ -255,7 +255,7 @@ def test_a_lost_container_is_to_be_made_again_once_it_was_missed_twice(watched: 
     repair.close()
 
 
-def test_only_what_the_ledger_does_not_know_at_all_is_an_orphan(watched: Watched) -> None:
+def test_only_what_the_ledger_knows_to_be_deleted_is_removed_as_an_orphan(watched: Watched) -> None:
     dormant = watched.add(
         wanted=Wanted.DORMANT, status=Status.DORMANT, generation=2, settled_generation=2, applied_generation=2
     )
@@ -264,6 +264,8 @@ def test_only_what_the_ledger_does_not_know_at_all_is_an_orphan(watched: Watched
         watched.run(record, command=SLEEPER)
     watched.docker.volumes.create(f"machineuse-{watched.cluster.name}-a", labels=watched.labels(dormant.id))
     watched.docker.volumes.create(f"machineuse-{watched.cluster.name}-b", labels=watched.labels("mu-nobody"))
+    watched.ledger.events.add("deleted", message="it is deleted", instance_id="mu-nobody")
+    watched.docker.volumes.create(f"machineuse-{watched.cluster.name}-e", labels=watched.labels("mu-never-known"))
     other = watched.labels("mu-other") | {"machineuse.ledger": "another"}
     watched.docker.volumes.create(f"machineuse-{watched.cluster.name}-c", labels=other)
     watched.docker.containers.create(
@@ -276,8 +278,9 @@ def test_only_what_the_ledger_does_not_know_at_all_is_an_orphan(watched: Watched
     repair.step()
     repair.close()
     assert len(watched.events("orphan_removed")) == 2
+    assert len(watched.events("orphan_kept")) == 1
     mine = {"label": f"machineuse.cluster={watched.cluster.name}"}
-    assert sorted(volume.name[-1] for volume in watched.docker.volumes.list(filters=mine)) == ["a", "c"]
+    assert sorted(volume.name[-1] for volume in watched.docker.volumes.list(filters=mine)) == ["a", "c", "e"]
     assert len(watched.docker.containers.list(all=True, filters=mine)) == 2
 
 
