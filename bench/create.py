@@ -86,7 +86,7 @@ def main() -> None:
             service.start()
             for _ in range(options.instances):
                 service.create(config={"memory_gb": 1, "cpu_cores": 1})
-            network = f"machineuse-{service.cluster}"
+            network = service.network()
             time_docker(network), time_service(service)  # the first of each warms caches
             bare, ours = [], []
             for _ in range(options.rounds):

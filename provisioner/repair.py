@@ -182,7 +182,7 @@ class Repair:
             )
 
     def _was_deleted(self, instance_id: str) -> bool:
-        return any(event.kind == DELETED for event in self._ledger.events.list(instance_id=instance_id, limit=1))
+        return any(event.kind == DELETED for event in self._ledger.events.list(instance_id=instance_id, limit=20))
 
     def _tell_of_stranger(self, node: NodeSpec, *, kind: str, name: str, instance_id: str) -> None:
         if (node.id, name) in self._strangers:

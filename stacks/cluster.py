@@ -55,7 +55,7 @@ def _declare_node(node: NodeSpec, *, spec: ClusterSpec, ledger_id: str) -> docke
     }
     docker.Network(
         name,
-        name=Names(spec.name).docker_network(),
+        name=Names(spec.name).docker_network(ledger_id),
         driver="bridge",
         # Instances must not reach each other.
         options={"com.docker.network.bridge.enable_icc": "false"},

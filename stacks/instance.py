@@ -111,7 +111,7 @@ class Instance(pulumi.ComponentResource):
             shm_size=spec.shm_mib,
             ports=published or None,
             mounts=[docker.ContainerMountArgs(type="volume", source=volume.name, target=HOME_PATH)],
-            network_mode=self._names.docker_network(),
+            network_mode=self._names.docker_network(self._ledger_id),
             capabilities=docker.ContainerCapabilitiesArgs(drops=["ALL"]),
             security_opts=["no-new-privileges", f"seccomp={read_seccomp_profile()}"],
             restart="unless-stopped",

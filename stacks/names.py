@@ -47,9 +47,9 @@ class Names:
         """Return the URN of one snapshot of an instance."""
         return self.child_urn(SNAPSHOT_TYPE, snapshot_name(instance_id, generation))
 
-    def docker_network(self) -> str:
-        """Return the name of the cluster's network on each node."""
-        return f"{PROJECT}-{self.cluster}"
+    def docker_network(self, ledger_id: str) -> str:
+        """Return the name of the cluster's network on each node; two checkouts may share an engine."""
+        return f"{PROJECT}-{self.cluster}-{ledger_id[:8]}"
 
     def docker_container(self, instance_id: str) -> str:
         """Return the name of an instance's container on its node."""

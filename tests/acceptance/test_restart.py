@@ -69,7 +69,7 @@ def test_a_container_that_somebody_removed_is_made_again_with_its_home(service: 
 def test_a_network_that_somebody_pruned_is_made_again(service: Service) -> None:
     for known in service.http.get("/v2/instances").json()["instances"]:
         service.delete(known["id"])
-    service.docker.networks.get(f"machineuse-{service.cluster}").remove()
+    service.docker.networks.get(service.network()).remove()
     assert service.create(config=SMALL)["status"] == "running"
 
 

@@ -195,6 +195,11 @@ class Service:
         """Return an instance's container, as Docker knows it."""
         return self.docker.containers.get(f"machineuse-{self.cluster}-{instance_id}")
 
+    def network(self) -> str:
+        """Return the name of the cluster's network."""
+        (network,) = self.docker.networks.list(filters={"label": f"machineuse.cluster={self.cluster}"})
+        return str(network.name)
+
     def volumes(self) -> list[str]:
         """Return the names of the cluster's volumes."""
         return [v.name for v in self.docker.volumes.list(filters={"label": f"machineuse.cluster={self.cluster}"})]
