@@ -4,7 +4,8 @@ docker-py's clients are `requests` sessions: they keep connections and may be us
 of them, because how long to wait for an answer depends on the question: `api` for questions that an engine answers at
 once, `slow_api` for work (start, stop, pull, copy), where silence is normal. Both give up *connecting* within
 `timeout_s`, so that a dead node costs seconds. An engine that accepts connections and then says nothing would cost
-`slow_timeout_s`: long work therefore begins with `check_alive()`.
+`slow_timeout_s`: whoever takes `slow_api` therefore waits for a sign of life first, and work that has several parts
+waits in vain only once (`SILENT_FOR_S`).
 
 Nothing is opened before it is needed: a `DockerHost` for a node that is down can be made, kept and asked again later.
 """
@@ -27,9 +28,12 @@ from provisioner.errors import DockerError, DockerNotFound, MachineuseError, Nod
 LOCAL_ENGINE = "unix:///var/run/docker.sock"
 ALIVE_FOR_S = 2.0
 """How long an answer counts as proof that the engine is alive."""
+SILENT_FOR_S = 2.0
+"""How long an engine that did not answer is not asked again before work: it is taken to be silent still."""
 POOL_SIZE = 64
 """Idle connections kept to one engine; as many long calls run at once without opening new ones."""
 
+_UNREACHABLE_RESOLUTION = "Check that the node is up and that its Docker engine runs."
 _PORT_TAKEN = ("port is already allocated", "address already in use")
 _SILENCE = (
     requests.exceptions.ConnectionError,
@@ -70,6 +74,7 @@ class DockerHost:
         self._api: docker.APIClient | None = None
         self._slow_api: docker.APIClient | None = None
         self._alive_at = float("-inf")
+        self._silent_at = float("-inf")
 
     def __repr__(self) -> str:
         return f"DockerHost({self.url!r})"
@@ -85,7 +90,11 @@ class DockerHost:
 
     @property
     def slow_api(self) -> docker.APIClient:
-        """Return the client for work: it gives up after `slow_timeout_s` without a byte; connects at first use."""
+        """Return the client for work, once the engine is known to be alive: it gives up after `slow_timeout_s`.
+
+        Connects at first use. Raises NodeUnreachable.
+        """
+        self.check_alive()
         version = str(self.api.api_version)
         if self._slow_api is None:
             with self._lock:
@@ -146,18 +155,30 @@ class DockerHost:
             return NodeUnreachable(
                 f"The Docker engine at {self.url} does not answer.",
                 detail=f"could not {what}: {detail}",
-                resolution="Check that the node is up and that its Docker engine runs.",
+                resolution=_UNREACHABLE_RESOLUTION,
             )
         return DockerError(f"Docker on {self.url} could not {what}: {_shorten(detail)}", detail=detail)
 
     def ping(self) -> None:
         """Ask the engine for a sign of life; raise `NodeUnreachable` when none comes within `timeout_s`."""
-        self.call("ping", self.api.ping)
+        try:
+            self.call("ping", self.api.ping)
+        except NodeUnreachable:
+            self._silent_at = time.monotonic()
+            raise
         self._alive_at = time.monotonic()
+        self._silent_at = float("-inf")
 
     def check_alive(self) -> None:
-        """Ping, unless the engine answered a moment ago; raise `NodeUnreachable`."""
-        if time.monotonic() - self._alive_at > ALIVE_FOR_S:
+        """Ping, unless the engine answered, or did not, a moment ago; raise `NodeUnreachable`."""
+        now = time.monotonic()
+        if now - self._silent_at < SILENT_FOR_S:
+            raise NodeUnreachable(
+                f"The Docker engine at {self.url} does not answer.",
+                detail=f"it did not a moment ago, and was given {SILENT_FOR_S:g} s",
+                resolution=_UNREACHABLE_RESOLUTION,
+            )
+        if now - self._alive_at > ALIVE_FOR_S:
             self.ping()
 
     def info(self) -> dict[str, Any]:
