@@ -41,7 +41,10 @@ class ImageCatalogue:
         self._known: dict[str, tuple[float, ResolvedImage]] = {}
 
     def resolve(self, requested: str, *, nodes: Sequence[NodeSpec]) -> ResolvedImage:
-        """Return what runs for `requested`; raise UnknownImage when neither a node nor a registry has it."""
+        """Return what runs for `requested`; raise UnknownImage when neither a node nor a registry has it.
+
+        Raises NodeUnreachable when no node answers.
+        """
         with self._lock:
             known = self._known.get(requested)
         if known is not None and time.monotonic() - known[0] < REMEMBER_S:
@@ -54,6 +57,7 @@ class ImageCatalogue:
     def _ask(self, requested: str, *, nodes: Sequence[NodeSpec]) -> ResolvedImage:
         image = self._cluster.images.get(requested, requested)
         reasons: list[str] = []
+        silent: list[NodeUnreachable] = []
         for node in nodes:
             host = self._hosts.get(node.host)
             try:
@@ -67,11 +71,14 @@ class ImageCatalogue:
                     )
                 images.check_offered(host, image)
             except NodeUnreachable as error:
+                silent.append(error)
                 reasons.append(error.message)
             except DockerError as error:
                 reasons.append(error.detail or error.message)
             else:
                 return ResolvedImage(requested=requested, image=image, browser=False)
+        if silent and len(silent) == len(nodes):
+            raise silent[0]  # nobody said anything about the image
         what = f"'{requested}'" if image == requested else f"'{requested}' (which stands for '{image}')"
         raise UnknownImage(
             f"There is no image {what}: no node has it, and no registry offers it.", detail="; ".join(reasons)

@@ -87,18 +87,15 @@ class InstanceService:
         """Want a new instance. Raises InvalidRequest (image, node, size) and NoCapacity."""
         nodes = self._ledger.nodes.list()
         online = {record.id for record in nodes if record.status is NodeStatus.ONLINE}
+        if not online:  # nobody could say whether there is such an image: refuse for what is known
+            self._place(_need_of(request, ports=0), loads=self._ledger.instances.loads)
         preferred = sorted(
             self._cluster.nodes, key=lambda node: (node.id not in online, node.id != request.node_preference)
         )
         image = self._catalogue.resolve(request.image, nodes=preferred)
 
         def draft(loads: LoadReader) -> tuple[InstanceRecord, str]:
-            need = Need(
-                memory_gb=request.memory_gb,
-                cpu_cores=request.cpu_cores,
-                ports=2 if image.browser else 0,
-                node_preference=request.node_preference,
-            )
+            need = _need_of(request, ports=2 if image.browser else 0)
             return self._draft(request, image=image, place=self._place(need, loads=loads))
 
         return self._woken(self._ledger.instances.create(draft))
@@ -223,6 +220,15 @@ class InstanceService:
         runs = image.image if image.image == image.requested else f"{image.image} for '{image.requested}'"
         base = f" (built on {image.base})" if image.base else ""
         return record, f"to run {runs}{base} on node {place.node.id}"
+
+
+def _need_of(request: CreateRequest, *, ports: int) -> Need:
+    return Need(
+        memory_gb=request.memory_gb,
+        cpu_cores=request.cpu_cores,
+        ports=ports,
+        node_preference=request.node_preference,
+    )
 
 
 def _raise_outcome(record: InstanceRecord, *, wished: InstanceRecord) -> None:
