@@ -1,8 +1,9 @@
 """Keeps the screen and the browser up, and ends them in the order that keeps the profile whole.
 
-The screen (Xvnc: X server and VNC server in one) comes first, a small window manager and Chromium on it second. Whichever dies is started again:
-at once, or after a pause that doubles while it keeps dying young. Chromium is ended by SIGINT, because SIGTERM makes
-it drop the cookies of the last seconds, and it counts as ended when its process is gone, not when its locks are.
+The screen (Xvnc: X server and VNC server in one) comes first, a small window manager and Chromium on it second.
+Whichever dies is started again: at once, or after a pause that doubles while it keeps dying young. Chromium is ended
+by SIGINT, because SIGTERM makes it drop the cookies of the last seconds, and it counts as ended when its process is
+gone, not when its locks are.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ def screen_command(*, screen: str, display_fd: int) -> list[str]:
 
 
 def manager_command() -> list[str]:
-    """Return the command line of the window manager: it gives windows their sizes, and the person ways to close them."""
+    """Return the command line of the window manager: it gives popups their size and a way to close them."""
     return ["blackbox", "-rc", str(_BLACKBOX_SETTINGS)]
 
 
