@@ -95,7 +95,7 @@ class Instance(pulumi.ComponentResource):
 
     def _container(self, volume: docker.Volume, *, image: pulumi.Input[str]) -> docker.Container:
         spec = self._spec
-        labels = self._labels(self._names.container_urn(spec.id)) | {f"{LABEL_PREFIX}pids-limit": str(spec.pids)}
+        labels = self._labels(self._names.container_urn(spec.id)) | {f"{LABEL_PREFIX}pids": str(spec.pids)}
         published = [
             docker.ContainerPortArgs(internal=inside, external=outside, ip=self._node.bind_ip)
             for inside, outside in ((CDP_PORT, spec.debug_port), (STREAM_PORT, spec.stream_port))
