@@ -105,7 +105,7 @@ class Watched:
 
     def network(self) -> str:
         """Make the cluster's network, unless it is there, and return its name."""
-        name = self.names.docker_network()
+        name = self.names.docker_network(self.ledger.id)
         if not self.docker.networks.list(names=[name]):
             self.docker.networks.create(name, labels={"machineuse.cluster": self.cluster.name})
         return name
