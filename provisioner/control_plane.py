@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+from datetime import timedelta
 
 import structlog
 
@@ -46,6 +47,8 @@ APPLIED = "applied_cluster"
 
 RECOVER_S = 1.0
 PRUNE_EVERY_S = 3600.0
+ABANDONED_AFTER = timedelta(days=1)
+"""Age at which a half-written snapshot is nobody's any more: a capture that is run again begins anew anyway."""
 
 
 class ControlPlane:
@@ -114,6 +117,7 @@ class ControlPlane:
     def start(self) -> None:
         """Start everything; returns when the service can take requests. Raises EngineError and SetupError."""
         started = time.monotonic()
+        self.store.clean_up(older_than=ABANDONED_AFTER)
         self._nodes.beat_once()
         self._plugins.start()
         self._engine = Engine(self.settings, debug_providers=self._plugins.debug_providers)
