@@ -1,0 +1,179 @@
+"""Nodes tell how they are; one whose engine does not answer is offline, harms nobody, and comes back by itself.
+
+The engine is behind a socket of the test's own, which can be frozen or taken away: others need the real one.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.support.engine_proxy import EngineProxy
+from tests.support.service import Service
+from tests.support.watched import wait_until
+
+SMALL = {"memory_gb": 0.5, "cpu_cores": 1}
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[EngineProxy]:
+    with EngineProxy() as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def service(start_service: Callable[..., Service], engine: EngineProxy) -> Service:
+    return start_service(node={"host": engine.url}, heartbeat_s=0.3, node_timeout_s=1, offline_after_misses=2)
+
+
+@pytest.fixture(scope="module")
+def instance(service: Service) -> dict[str, Any]:
+    return service.create(config=SMALL)
+
+
+@pytest.fixture(autouse=True)
+def _engine_back(service: Service, engine: EngineProxy) -> Iterator[None]:
+    yield
+    engine.restore()
+    await_node(service, "online")
+
+
+def node_of(service: Service) -> dict[str, Any]:
+    answer = service.http.get("/v2/nodes/local")
+    assert answer.status_code == 200, answer.text
+    node: dict[str, Any] = answer.json()
+    return node
+
+
+def await_node(service: Service, status: str) -> dict[str, Any]:
+    def found() -> dict[str, Any] | None:
+        node = node_of(service)
+        return node if node["status"] == status else None
+
+    return wait_until(found, what=f"the node is {status}")
+
+
+def traces_of(service: Service, instance_id: str) -> list[str]:
+    """Return what Docker has of an instance."""
+    mine = {"label": f"machineuse.cluster={service.cluster}"}
+    containers = service.docker.api.containers(all=True, filters=mine)
+    images = service.docker.api.images(filters=mine)
+    names = [name for found in containers for name in found["Names"]]
+    names += [tag for found in images for tag in found["RepoTags"] or []]
+    names += service.volumes()
+    return [name for name in names if instance_id in name]
+
+
+def test_a_node_tells_what_it_has_and_how_much_of_it_is_used(service: Service, instance: dict[str, Any]) -> None:
+    nodes = service.http.get("/v2/nodes").json()["nodes"]
+    assert [node["id"] for node in nodes] == ["local"]
+    node = node_of(service)
+    assert node["status"] == "online"
+    assert node["error"] is None
+    assert (node["instances_count"], node["max_instances"]) == (1, 50)
+    assert node["cpu_cores"] == psutil.cpu_count()
+    assert node["memory_bytes"] == psutil.virtual_memory().total
+    disk = shutil.disk_usage(service.docker.info()["DockerRootDir"])
+    assert node["disk_bytes"] == disk.total
+    used = node["resources"]
+    assert used["disk_percent"] == pytest.approx(100 * disk.used / disk.total, abs=5)
+    assert 0 < used["memory_percent"] <= 100
+    assert 0 <= used["cpu_percent"] <= 100
+    wait_until(lambda: node_of(service)["resources"]["cpu_percent"] > 0, what="the CPU is seen at work")
+    assert service.http.get("/v2/nodes/nowhere").status_code == 404
+    assert instance["node_status"] == "online"
+
+
+def test_heartbeats_follow_each_other(service: Service) -> None:
+    def last() -> datetime:
+        return datetime.fromisoformat(node_of(service)["last_heartbeat"])
+
+    first = last()
+    second = wait_until(lambda: last() if last() > first else None, what="a second heartbeat")
+    wait_until(lambda: last() > second, what="a third heartbeat")
+
+
+@pytest.mark.parametrize("how", ["freeze", "refuse"])
+def test_a_node_that_does_not_answer_is_offline_and_comes_back_by_itself(
+    service: Service, engine: EngineProxy, instance: dict[str, Any], how: str
+) -> None:
+    started_at = service.container(instance["id"]).attrs["State"]["StartedAt"]
+    getattr(engine, how)()
+    gone = await_node(service, "offline")
+    assert "does not answer" in gone["error"]
+    assert gone["last_heartbeat"] is not None
+    assert gone["resources"] == {"cpu_percent": 0, "memory_percent": 0, "disk_percent": 0}
+    # What it knew last stays: the time of the last heartbeat, and what its instances were.
+    assert node_of(service)["last_heartbeat"] == gone["last_heartbeat"]
+    shown = service.get(instance["id"])
+    assert (shown["node_status"], shown["status"]) == ("offline", "running")
+    assert service.http.get("/health").json()["nodes_online"] == 0
+
+    engine.restore()
+    back = await_node(service, "online")
+    assert back["error"] is None
+    assert datetime.fromisoformat(back["last_heartbeat"]) > datetime.fromisoformat(gone["last_heartbeat"])
+    shown = service.get(instance["id"])
+    assert (shown["node_status"], shown["status"]) == ("online", "running")
+    assert service.container(instance["id"]).attrs["State"]["StartedAt"] == started_at
+
+
+def test_while_its_only_node_is_offline_a_create_is_refused_and_says_so(service: Service, engine: EngineProxy) -> None:
+    engine.freeze()
+    await_node(service, "offline")
+    for image in ("ubuntu:22.04", "an-image-that-nobody-asked-for-yet"):
+        answer = service.http.post("/v2/instances", json={"image": image, "config": SMALL})
+        assert answer.status_code == 503, answer.text
+        assert answer.json()["code"] == "insufficient_resources"
+        assert "node local: offline" in answer.json()["detail"]
+        assert int(answer.headers["Retry-After"]) > 0
+    unknown = service.http.post("/v2/instances", json={"node_preference": "nowhere"})
+    assert (unknown.status_code, unknown.json()["code"]) == (400, "unknown_node")
+
+
+def test_an_instance_whose_node_is_away_can_not_go_dormant_and_loses_nothing(
+    service: Service, engine: EngineProxy, instance: dict[str, Any]
+) -> None:
+    service.container(instance["id"]).exec_run(["sh", "-c", "echo kept > /home/machine/note"])
+    engine.freeze()
+    await_node(service, "offline")
+    answer = service.post(f"{instance['id']}/dormant")
+    assert (answer.status_code, answer.json()["code"]) == (409, "snapshot_failed")
+    assert "does not answer" in answer.json()["detail"]
+
+    engine.restore()
+    await_node(service, "online")
+    shown = wait_until(
+        lambda: found if (found := service.get(instance["id"]))["operation"] is None else None, what="it is settled"
+    )
+    assert shown["status"] == "running"
+    assert shown["error"]["code"] == "snapshot_failed"
+    assert service.container(instance["id"]).exec_run(["cat", "/home/machine/note"]).output == b"kept\n"
+
+
+@pytest.mark.parametrize("how", ["freeze", "refuse"])
+def test_a_forced_delete_does_not_wait_for_its_node_and_what_is_left_there_is_removed_later(
+    service: Service, engine: EngineProxy, how: str
+) -> None:
+    doomed = service.create(config=SMALL)["id"]
+    if how == "freeze":  # one that has everything that an instance can leave: a copy, and an image built for it
+        service.container(doomed).exec_run(["touch", "/opt/changed"], user="0")
+        assert service.post(f"{doomed}/dormant").status_code == 200
+        assert service.post(f"{doomed}/revive").json()["status"] == "running"
+        assert len(traces_of(service, doomed)) == 4
+    getattr(engine, how)()
+    await_node(service, "offline")
+    gone = service.delete(doomed, force=True, wait_s=20)
+    assert (gone.status_code, gone.json()) == (200, {"message": f"Instance {doomed} is deleted."})
+    assert service.http.get(f"/v2/instances/{doomed}").status_code == 404
+    assert not any(doomed in urn for urn in service.urns())
+    assert traces_of(service, doomed) != []
+
+    engine.restore()
+    await_node(service, "online")
+    wait_until(lambda: traces_of(service, doomed) == [], what="nothing is left of it")
