@@ -126,7 +126,10 @@ def _read_settings(**given: Any) -> Settings:
         name = "_".join(str(part) for part in problem["loc"]).upper()
         raise SettingsError(f"MACHINEUSE_{name}: {problem['msg']}.") from error
     except Unreadable as error:
-        raise SettingsError(f"A setting can't be read: {error}.", detail=str(error.__cause__ or "") or None) from error
+        raise SettingsError(
+            f"A setting can't be read: {error}.",
+            resolution="""Lists are written as JSON: MACHINEUSE_TOKENS='["<a long secret>"]'.""",
+        ) from error
 
 
 def _pulumi_environment(settings: Settings) -> dict[str, str]:

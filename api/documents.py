@@ -1,7 +1,7 @@
 """The OpenAPI document: what FastAPI generates, put into the contract's words.
 
-Three things are not FastAPI's: error responses are named components, there is no 422 (what is invalid is 400), and
-the document says whether a token is needed.
+Four things are not FastAPI's: error responses are named components, there is no 422 (what is invalid is 400), what may
+be left out of a request is not said to be null, and the document says whether a token is needed.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ def make_document(app: FastAPI, *, tokens_needed: bool) -> dict[str, Any]:
 
 
 def _complete(operation: dict[str, Any], *, needs_token: bool, tokens_needed: bool) -> None:
+    for part in (*operation.get("parameters", ()), *operation.get("requestBody", {}).get("content", {}).values()):
+        part["schema"] = _without_null(part["schema"])
     responses = operation["responses"]
     responses.pop("422", None)
     if needs_token:
@@ -63,6 +65,16 @@ def _complete(operation: dict[str, Any], *, needs_token: bool, tokens_needed: bo
     for status, said in responses.items():
         if "$ref" in said:
             responses[status] = {"$ref": said["$ref"]}
+
+
+def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """Turn `anyOf [X, null]` into X: what is left out of a query, or is no body at all, is not null."""
+    meanings = [one for one in schema.get("anyOf", ()) if one != {"type": "null"}]
+    if len(meanings) != 1:
+        return schema
+    if "$ref" in meanings[0]:
+        return dict(meanings[0])
+    return {**{key: schema[key] for key in schema if key != "anyOf"}, **meanings[0]}
 
 
 def _response(status: int, description: str) -> dict[str, Any]:

@@ -36,11 +36,10 @@ def bind_port(host: str, port: int) -> list[socket.socket]:
     if taken is not None:
         raise SetupError(
             f"Port {port} on {host} is taken{_name_owner(port)}.",
-            detail=str(taken),
             resolution="Stop what uses it, or choose another one with --port.",
         ) from taken
     reason = refusals[0]
-    raise SettingsError(f"Can't serve on {host}, port {port}: {reason.strerror}.", detail=str(reason)) from reason
+    raise SettingsError(f"Can't serve on {host}, port {port}: {reason.strerror}.") from reason
 
 
 def _bind(family: int, address: tuple[object, ...]) -> socket.socket:

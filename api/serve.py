@@ -41,7 +41,6 @@ def serve(settings: Settings) -> None:
     check_binding(settings)
     sockets = bind_port(settings.host, settings.port)
     port = sockets[0].getsockname()[1]
-    os.umask(0o077)
     settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     settings.data_dir.chmod(0o700)
     with _only_service(settings.data_dir):

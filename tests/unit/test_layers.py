@@ -1,0 +1,92 @@
+"""The rules about who may import what. Each library that reaches outside the process has one door."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SOURCES = sorted(
+    path
+    for package in ("api", "provisioner", "stacks")
+    for path in (ROOT / package).rglob("*.py")
+    if "__pycache__" not in path.parts
+)
+
+DOORS = {
+    "docker": ["provisioner.docker_hosts"],
+    "boto3": [],
+    "botocore": [],
+    "pulumi.automation": [
+        "provisioner.engine",
+        "provisioner.language_host",
+        "provisioner.toolchain.official_cli",  # the SDK's own download of the CLI
+    ],
+    "sqlalchemy": ["provisioner.ledger"],
+    "alembic": ["provisioner.ledger"],
+    "sqlite3": ["provisioner.ledger"],
+    "fastapi": ["api"],
+    "starlette": ["api"],
+    "uvicorn": ["api"],
+    "typer": ["api"],
+}
+"""Library → the modules or packages that may import it."""
+
+THE_PROGRAM_IMPORTS = {"pulumi", "pulumi_docker", "pydantic", "stacks"}
+"""What stacks/ may import besides the standard library, so that a Pulumi user can read it."""
+
+SQL = ("SELECT ", "INSERT INTO ", "UPDATE ", "DELETE FROM ", "CREATE TABLE ", "PRAGMA ")
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """Give every module that a file imports, wherever in the file; `from a import b` gives a.b too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def is_in(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def test_the_layers_point_one_way() -> None:
+    assert lint_imports(str(ROOT / "pyproject.toml"), no_cache=True) == EXIT_STATUS_SUCCESS
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_each_library_is_imported_by_its_door_only(path: Path) -> None:
+    module = name_of(path)
+    for imported in imports_of(path):
+        for library, doors in DOORS.items():
+            if is_in(imported, library):
+                assert any(is_in(module, door) for door in doors), f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if name_of(p).startswith("stacks")], ids=name_of)
+def test_the_program_imports_pulumi_and_pydantic_only(path: Path) -> None:
+    allowed = THE_PROGRAM_IMPORTS | sys.stdlib_module_names
+    if name_of(path) == "stacks.__main__":
+        allowed |= {"provisioner"}
+    foreign = {imported for imported in imports_of(path) if imported.partition(".")[0] not in allowed}
+    assert not foreign
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_sql_is_written_in_the_ledger_only(path: Path) -> None:
+    if is_in(name_of(path), "provisioner.ledger"):
+        return
+    texts = [n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)]
+    assert not [text for text in texts if isinstance(text, str) and text.lstrip().startswith(SQL)]
