@@ -168,14 +168,14 @@ def describe_invalid(problem: Mapping[str, Any]) -> str:
 _BODY_PHRASES: Mapping[str, str] = {
     "missing": "The request needs a body: a JSON object.",
     "model_attributes_type": "The body must be a JSON object.",
-    "invalid_key": "The body has a field whose name is not valid text.",
+    "string_unicode": "The body has a field whose name is not valid text.",
 }
 _FIELD_PHRASES: Mapping[str, str] = {
     "missing": "is required",
     "model_attributes_type": "must be a JSON object",
-    "invalid_key": "has a field whose name is not valid text",
     "string_pattern_mismatch": "is not a name that an image can have",
     "string_unicode": "is not valid text",
+    "string_too_short": "must not be empty",
 }
 """Where pydantic's own words don't read well after a field's name."""
 

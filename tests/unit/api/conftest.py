@@ -99,6 +99,7 @@ def services(make_services: ServicesMaker) -> FakeServices:
 
 
 @pytest.fixture
-def client(services: FakeServices) -> TestClient:
-    """A client of an API with nothing special."""
-    return services.client()
+def client(services: FakeServices) -> Iterator[TestClient]:
+    """A client of an API with nothing special, all of whose calls are served by one event loop."""
+    with services.client() as client:
+        yield client
