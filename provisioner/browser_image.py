@@ -21,8 +21,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import structlog
-
 from provisioner.docker_hosts.builds import build_image, image_bytes, import_root, pack_context, read_json
 from provisioner.docker_hosts.hosts import LOCAL_ENGINE, DockerHost
 from provisioner.docker_hosts.images import ImageInfo, check_offered, find_image, pull_image
@@ -36,17 +34,16 @@ CONTENT_LABEL = f"{LABEL_PREFIX}content"
 BASE_LABEL = f"{LABEL_PREFIX}base"
 CHROMIUM_LABEL = f"{LABEL_PREFIX}chromium"
 
-BOOTSTRAPPED_BASE = "machineuse/base:debian-12"
+_BOOTSTRAPPED_BASE = "machineuse/base:debian-12"
+_DPKG_SETTINGS = "dpkg.cfg"
 _REGISTRY_BASES = ("ubuntu:22.04", "debian:bookworm-slim")
 _REGISTRY_TIMEOUT_S = 10.0
 _BOOTSTRAP_TIMEOUT_S = 900.0
 _SUITE = "bookworm"
+_MERGED_USR = "/usr/share/mmdebstrap/hooks/merged-usr"  # else the base brings all of Perl, to merge /usr once
 _VERSIONS = "/usr/share/machineuse/versions.json"
 _NOT_IN_IMAGE = frozenset({"seccomp.json"})
-_LEAVE_OUT = ("/usr/share/man/*", "/usr/share/locale/*", "/usr/share/doc/*")
 _PROXIES = ("http_proxy", "https_proxy", "no_proxy")
-
-log = structlog.get_logger(__name__)
 
 OnProgress = Callable[[str], None]
 
@@ -106,7 +103,7 @@ def _build(engine: DockerHost, files: dict[str, bytes], *, content: str, tag: st
     context = pack_context(files)
     proxies = {name: value for name in _PROXIES if (value := os.environ.get(name))}
     failures: list[str] = []
-    for base in _bases(engine, on_progress=on_progress):
+    for base in _bases(engine, files[_DPKG_SETTINGS], on_progress=on_progress):
         try:
             name = base.provide()
             on_progress(f"Building on {base.name}")
@@ -114,7 +111,6 @@ def _build(engine: DockerHost, files: dict[str, bytes], *, content: str, tag: st
             versions = read_json(engine, built, path=_VERSIONS)
         except (DockerError, UnknownImage, SetupError) as error:
             # Also NodeUnreachable: a registry behind a wall looks like that. A dead engine fails with every base.
-            log.info("base not usable", base=base.name, error=error.message, detail=error.detail)
             on_progress(f"Not on {base.name}: {error.message}")
             failures.append(f"{base.name}: {error.explain()}\n{error.detail or ''}".rstrip())
             last: MachineuseError = error
@@ -122,7 +118,6 @@ def _build(engine: DockerHost, files: dict[str, bytes], *, content: str, tag: st
         labels = {CONTENT_LABEL: content, BASE_LABEL: versions["base"], CHROMIUM_LABEL: versions["chromium"]}
         lines = [f"FROM {built}", *(f'LABEL {name}="{value}"' for name, value in labels.items())]
         build_image(engine, pack_context({"Dockerfile": "\n".join(lines).encode()}), tag=tag)
-        log.info("browser image built", tag=tag, base=versions["base"], chromium=versions["chromium"])
         return
     raise SetupError(
         "The browser image could not be built on any base.",
@@ -132,7 +127,7 @@ def _build(engine: DockerHost, files: dict[str, bytes], *, content: str, tag: st
     ) from last
 
 
-def _bases(engine: DockerHost, *, on_progress: OnProgress) -> Sequence[_Base]:
+def _bases(engine: DockerHost, dpkg_settings: bytes, *, on_progress: OnProgress) -> Sequence[_Base]:
     def from_registry(name: str) -> Callable[[], str]:
         def provide() -> str:
             if find_image(engine, name) is None:
@@ -144,9 +139,10 @@ def _bases(engine: DockerHost, *, on_progress: OnProgress) -> Sequence[_Base]:
         return provide
 
     def bootstrapped() -> str:
-        if find_image(engine, BOOTSTRAPPED_BASE) is None:
-            _bootstrap(engine, on_progress=on_progress)
-        return BOOTSTRAPPED_BASE
+        tag = f"{_BOOTSTRAPPED_BASE}-{hashlib.sha256(dpkg_settings).hexdigest()[:8]}"
+        if find_image(engine, tag) is None:
+            _bootstrap(engine, dpkg_settings, tag=tag, on_progress=on_progress)
+        return tag
 
     pulled = [_Base(name, from_registry(name)) for name in _REGISTRY_BASES]
     return [*pulled, _Base("Debian 12, bootstrapped from packages", bootstrapped)]
@@ -166,26 +162,29 @@ class _Relay(Step):
         self._relay(text.strip())
 
 
-def _bootstrap(engine: DockerHost, *, on_progress: OnProgress) -> None:
+def _bootstrap(engine: DockerHost, dpkg_settings: bytes, *, tag: str, on_progress: OnProgress) -> None:
     step = _Relay(on_progress)
     if shutil.which("mmdebstrap") is None:
         install_packages(step, ["mmdebstrap"], reason="mmdebstrap, which makes a base image without a registry,")
     with tempfile.TemporaryDirectory(prefix="machineuse-base-") as directory:
         archive = Path(directory) / "base.tar"
+        settings = Path(directory) / _DPKG_SETTINGS
+        settings.write_bytes(dpkg_settings)
         command = [
             "mmdebstrap",
             "--variant=minbase",
             '--aptopt=Acquire::Languages "none"',
-            *(f"--dpkgopt=path-exclude={pattern}" for pattern in _LEAVE_OUT),
-            "--dpkgopt=path-include=/usr/share/doc/*/copyright",
+            f"--dpkgopt={settings}",
+            f"--hook-dir={_MERGED_USR}",
+            "--include=usr-is-merged",
             _SUITE,
             str(archive),
             *_host_mirrors(),
         ]
         on_progress("Bootstrapping Debian 12 from packages")
         step.run(command, what="mmdebstrap", timeout_s=_BOOTSTRAP_TIMEOUT_S)
-        on_progress(f"Importing {BOOTSTRAPPED_BASE}")
-        import_root(engine, archive, tag=BOOTSTRAPPED_BASE)
+        on_progress(f"Importing {tag}")
+        import_root(engine, archive, tag=tag)
 
 
 def _host_mirrors() -> list[str]:

@@ -4,26 +4,6 @@ set -eu
 export DEBIAN_FRONTEND=noninteractive
 . /etc/os-release
 
-# Nobody reads manuals in a browser's container, Chromium draws by its own SwiftShader (so no LLVM, no Mesa drivers),
-# and only VNC helper scripts that are not used want Perl. GTK's set-up needs Adwaita's index and cursors.
-cat > /etc/dpkg/dpkg.cfg.d/machineuse <<'DPKG'
-path-exclude=/usr/share/man/*
-path-exclude=/usr/share/info/*
-path-exclude=/usr/share/doc/*
-path-include=/usr/share/doc/*/copyright
-path-exclude=/usr/share/locale/*
-path-exclude=/usr/share/icons/Adwaita/*
-path-include=/usr/share/icons/Adwaita/*.theme
-path-include=/usr/share/icons/Adwaita/cursors/*
-path-exclude=/usr/share/icons/hicolor/*/*
-path-exclude=/usr/lib/*/libLLVM*
-path-exclude=/usr/lib/*/libz3*
-path-exclude=/usr/lib/*/dri/*
-path-exclude=/usr/lib/*/perl/5*
-path-exclude=/usr/lib/*/libperl*
-path-exclude=/usr/share/perl/5*
-path-exclude=/usr/lib/chromium/libVkLayer*
-DPKG
 printf 'APT::Install-Recommends "false";\nAcquire::Languages "none";\n' > /etc/apt/apt.conf.d/90machineuse
 
 apt-get update -q

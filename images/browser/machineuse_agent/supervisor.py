@@ -43,6 +43,7 @@ _FIRST_PREFERENCES = {
 
 _DISABLED_FEATURES = (
     "Translate",
+    "PreloadTopChromeWebUI",  # a renderer held ready for menus that hardly anybody opens
     "OptimizationHints",
     "MediaRouter",
     "DialMediaRouteProvider",
