@@ -3,6 +3,9 @@
 An update holds the stack: whatever is slow inside it is slow for everybody. Pulling an image and capturing a snapshot
 are therefore done beforehand, each in a thread of its own; the resources that the update then creates find their work
 done (both are idempotent, and an operator's plain `pulumi up` does the same work inside the update).
+
+A snapshot that was captured and never became a resource is known to nobody but the ledger. So before an instance is
+deleted, its capture comes to an end, and what is only pending is thrown away here.
 """
 
 from __future__ import annotations
@@ -20,15 +23,16 @@ from provisioner.docker_hosts.archives import DockerMachine
 from provisioner.docker_hosts.containers import kill_container
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.docker_hosts.images import ensure_image, find_image
-from provisioner.errors import MachineuseError, UnknownNode
+from provisioner.errors import MachineuseError, NodeUnreachable, UnknownNode
 from provisioner.ledger import Ledger
-from provisioner.ledger.records import InstanceRecord
+from provisioner.ledger.records import InstanceRecord, SnapshotState
 from provisioner.plugins.machineuse.snapshot import labels_of
 from provisioner.settings import Settings
 from provisioner.snapshots.capture import Capture, CaptureRequest
 from provisioner.snapshots.machine import Volumes
 from provisioner.snapshots.manifest import SnapshotId
 from provisioner.snapshots.store import SnapshotStore
+from provisioner.states import Wanted
 from stacks.names import Names
 from stacks.spec import HOME_PATH, ClusterSpec, NodeSpec
 
@@ -37,8 +41,10 @@ log = structlog.get_logger(__name__)
 WORKERS = 4
 IMAGE_KNOWN_S = 60.0
 """How long an image that was seen on a node is taken to be there."""
+KILL_WAIT_S = 3.0
+"""How long a forced delete waits for the capture that it has cut off to clean up; later it cleans up all the same."""
 
-Key = tuple[str, int]
+Key = tuple[str, int, Step]
 
 
 class Preparation:
@@ -65,6 +71,8 @@ class Preparation:
         self._lock = threading.Lock()
         self._jobs: dict[Key, Future[None]] = {}
         self._images: dict[tuple[str, str], float] = {}
+        self._patience: dict[str, float] = {}
+        """Until when the delete of a killed instance waits for its capture."""
 
     def prepare(self, work: Work) -> bool:
         """Return whether the update may run this step now; if not, `changes.work` is set once it may.
@@ -75,11 +83,15 @@ class Preparation:
             job = self._prepare_image(work.record)
         elif work.step is Step.SNAPSHOT:
             job = self._prepare_snapshot
+        elif work.step is Step.DELETE:
+            if self._is_capturing(work.record):
+                return False
+            job = self._discard if _pending(work.record) else None
         else:
             return True
         if job is None:
             return True
-        key = (work.record.id, work.record.generation)
+        key = (work.record.id, work.record.generation, work.step)
         with self._lock:
             future = self._jobs.get(key)
             if future is None:
@@ -101,6 +113,7 @@ class Preparation:
 
         What is under way for the instance (a snapshot, a graceful stop) ends by it.
         """
+        self._patience.setdefault(record.id, time.monotonic() + KILL_WAIT_S)
         self._pool.submit(self._kill, record)
 
     def _kill(self, record: InstanceRecord) -> None:
@@ -113,6 +126,19 @@ class Preparation:
     def close(self) -> None:
         """Start nothing more; what runs is found again after a restart."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _is_capturing(self, record: InstanceRecord) -> bool:
+        """Say whether a snapshot of the instance is still being captured, and worth waiting for."""
+        with self._lock:
+            for key in [key for key in self._jobs if key[0] == record.id and key[1] != record.generation]:
+                if self._jobs[key].done():
+                    del self._jobs[key]
+                elif key[2] is Step.SNAPSHOT and (
+                    not record.force or time.monotonic() < self._patience.get(record.id, 0.0)
+                ):
+                    return True
+        self._patience.pop(record.id, None)
+        return False
 
     def _node_of(self, record: InstanceRecord) -> NodeSpec:
         node = self._cluster.node(record.node_id)
@@ -143,15 +169,17 @@ class Preparation:
         node = self._node_of(record)
         generation = record.snapshot_generation or record.generation
         snapshot = SnapshotId(instance_id=record.id, generation=generation)
-        machine = DockerMachine(self._hosts.get(node.host), helper_image=self._cluster.helper_image)
-        copy = self._names.docker_copy(record.id, generation)
         Capture(
             CaptureRequest(
                 snapshot=snapshot,
                 cluster=self._cluster.name,
                 node_id=node.id,
                 container=self._names.docker_container(record.id),
-                volumes=Volumes(home=self._names.docker_volume(record.id), copy=copy, home_path=HOME_PATH),
+                volumes=Volumes(
+                    home=self._names.docker_volume(record.id),
+                    copy=self._names.docker_copy(record.id, generation),
+                    home_path=HOME_PATH,
+                ),
                 image=record.image,
                 stop_timeout_s=self._settings.stop_timeout_s,
                 labels=labels_of(
@@ -162,11 +190,32 @@ class Preparation:
                     generation=generation,
                 ),
             ),
-            machine=machine,
+            machine=DockerMachine(self._hosts.get(node.host), helper_image=self._cluster.helper_image),
             store=self._store,
             progress=lambda said: log.debug("snapshot", instance=record.id, progress=said),
         ).run()
-        if self._ledger.instances.find(record.id) is None:
-            # Deleted meanwhile, by force: nobody else knows of this snapshot.
-            machine.remove_copy(copy)
-            self._store.delete(snapshot)
+        now = self._ledger.instances.find(record.id)
+        if now is None or now.wanted is Wanted.ABSENT:
+            self._discard(record)
+
+    def _discard(self, record: InstanceRecord) -> None:
+        """Throw away the snapshots of an instance being deleted that are no resources (yet). Idempotent.
+
+        Raises NodeUnreachable, unless the delete is forced: then the copies are noted, to be removed when it is back.
+        """
+        for generation in _pending(record):
+            node = self._cluster.node(record.node_id)
+            copy = self._names.docker_copy(record.id, generation)
+            if node is not None:
+                try:
+                    DockerMachine(self._hosts.get(node.host), helper_image=self._cluster.helper_image).remove_copy(copy)
+                except NodeUnreachable:
+                    if not record.force:
+                        raise
+                    urn = self._names.snapshot_urn(record.id, generation)
+                    self._ledger.leftovers.add(node_id=node.id, urn=urn, name=copy)
+            self._store.delete(SnapshotId(instance_id=record.id, generation=generation))
+
+
+def _pending(record: InstanceRecord) -> list[int]:
+    return [snapshot.generation for snapshot in record.snapshots if snapshot.state is SnapshotState.PENDING]
