@@ -26,8 +26,8 @@ MAX_INSTANCES = 4
 
 @pytest.fixture(scope="module")
 def shell() -> Iterator[str]:
-    """Give the name of an image with a shell and without a browser."""
-    with shell_image(docker.from_env()) as name:
+    """Give the name of an image whose command is a shell, and that has no browser."""
+    with shell_image(docker.from_env(), command=["/bin/sh"]) as name:
         yield name
 
 

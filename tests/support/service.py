@@ -193,7 +193,11 @@ class Service:
 
     def container(self, instance_id: str) -> Any:
         """Return an instance's container, as Docker knows it."""
-        return self.docker.containers.get(f"machineuse-{self.cluster}-{instance_id}")
+        return self.docker.containers.get(self.container_name(instance_id))
+
+    def container_name(self, instance_id: str) -> str:
+        """Return the name of an instance's container."""
+        return f"machineuse-{self.cluster}-{instance_id}"
 
     def network(self) -> str:
         """Return the name of the cluster's network."""

@@ -15,6 +15,9 @@ import docker
 
 from stacks.spec import BROWSER_IMAGE
 
+WAITS = ("/bin/sh", "-c", "trap exit TERM; while :; do sleep 60 & wait $!; done")
+"""A command that goes on until it is told to stop; a plain shell is deaf to that."""
+
 PACK = """
 set -e
 # ldd names each program it looks at, and then what that one loads.
@@ -24,7 +27,7 @@ tar --create --dereference --hard-dereference --file /tmp/root.tar $files
 
 
 @contextmanager
-def shell_image(engine: docker.DockerClient, *, command: Sequence[str] = ("/bin/sh",)) -> Iterator[str]:
+def shell_image(engine: docker.DockerClient, *, command: Sequence[str] = WAITS) -> Iterator[str]:
     """Give the name of a new image that runs `command`; it is removed afterwards."""
     name = f"machineuse-test-{secrets.token_hex(4)}:latest"
     quoted = ", ".join(f'"{word}"' for word in command)
