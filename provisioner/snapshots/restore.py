@@ -101,7 +101,7 @@ class _Restoring:
     store: SnapshotStore
     progress: Progress
     locks: list[str] = field(default_factory=list)
-    verified: bool = False
+    verified: set[PartName] = field(default_factory=set)
 
     def find_mark(self) -> Mark | None:
         """Return the mark of a restore that was completed, or None when the volume may be filled."""
@@ -147,7 +147,7 @@ class _Restoring:
             return f"The node's copy could not be used: {error.message}"
 
     def _full_restore(self, reason: str | None) -> None:
-        self._verify()
+        self._verify(*PartName)
         self.progress(f"unpacking the home directory, {self.manifest.home.uncompressed_bytes / 1e6:.1f} MB")
         with self.store.open_part(self.manifest, PartName.HOME) as source:
             self.machine.write_home(
@@ -159,9 +159,10 @@ class _Restoring:
             while source.read(CHUNK_BYTES):
                 pass
 
-    def _verify(self) -> None:
-        """Compare the whole archive with its manifest, once, before anything is written."""
-        if self.verified:
+    def _verify(self, *names: PartName) -> None:
+        """Compare parts of the archive with the manifest, each once, before anything of them is written."""
+        unread = set(names) - self.verified
+        if not unread:
             return
         self.progress("verifying the archive")
 
@@ -169,8 +170,8 @@ class _Restoring:
             if part is PartName.HOME and PurePosixPath(name).name in LOCKS:
                 self.locks.append(name.partition("/")[2])
 
-        verify_snapshot(self.store, self.manifest, on_entry=note_locks)
-        self.verified = True
+        verify_snapshot(self.store, self.manifest, names=unread, on_entry=note_locks)
+        self.verified |= unread
 
     def build_image(self) -> str:
         """Return the image to run: the original one, or one with the instance's changes, built if need be."""
@@ -179,7 +180,8 @@ class _Restoring:
             return self.request.image
         tag = restored_tag(self.request.snapshot)
         base = self._find_base()
-        self._verify()
+        # A quick start takes the home from the node's copy: it neither waits for that archive nor depends on it.
+        self._verify(*(PartName if self.request.method is Method.FULL_RESTORE else (PartName.ROOTFS,)))
         self.progress(f"building the image {tag} with {self.manifest.changed_paths} changed paths")
         with self.store.open_part(self.manifest, PartName.ROOTFS) as source:
             self.machine.build_image(

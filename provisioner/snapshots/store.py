@@ -8,7 +8,7 @@ snapshot. Deleting goes the other way round: the manifest first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Protocol
@@ -67,16 +67,22 @@ class SnapshotStore(Protocol):
 
 
 def verify_snapshot(
-    store: SnapshotStore, manifest: Manifest, *, on_entry: Callable[[PartName, str], None] | None = None
+    store: SnapshotStore,
+    manifest: Manifest,
+    *,
+    names: Collection[PartName] = tuple(PartName),
+    on_entry: Callable[[PartName, str], None] | None = None,
 ) -> None:
-    """Read every part of a stored snapshot and compare it with the manifest.
+    """Read the parts of a stored snapshot that have one of these names and compare them with the manifest.
 
-    `on_entry` gets the name of every entry of every part.
+    `on_entry` gets the name of every entry of every part that is read.
 
     Raises:
         SnapshotCorrupt: a part is missing, or its size, SHA-256, compression or tar is wrong.
     """
     for part in manifest.parts:
+        if part.name not in names:
+            continue
         with store.open_part(manifest, part.name) as source:
             check_part(source, part, snapshot=manifest.id, on_entry=on_entry)
 

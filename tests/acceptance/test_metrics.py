@@ -86,9 +86,7 @@ def test_an_instances_use_is_shown_with_it_and_a_busy_page_is_seen(service: Serv
         assert all(0 <= percent <= 100 for percent in resources.values())
         return resources
 
-    service.container(instance["id"]).exec_run(
-        ["sh", "-c", "head -c 20000000 /dev/urandom > /var/tmp/twenty-megabytes"]
-    )
+    service.container(instance["id"]).exec_run(["sh", "-c", "head -c 20000000 /dev/urandom > /var/tmp/big"])
     wait_until(lambda: 1 < use()["disk_percent"] < 20, what="the disk that it uses is seen")
     # Half a gigabyte is little for Chromium: it uses a good part of that.
     assert use()["memory_percent"] > 10
