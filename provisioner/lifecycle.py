@@ -26,7 +26,7 @@ def wish_dormant(record: InstanceRecord, *, reason: str) -> Update | None:
         raise Conflict(f"Instance {record.id} is being deleted.")
     if record.wanted is Wanted.DORMANT and record.settled_generation < record.generation:
         return None
-    if record.settled_generation < record.generation:
+    if record.status is Status.CREATING and record.settled_generation < record.generation:
         raise Conflict(
             f"Instance {record.id} is {record.status.value}: it can be made dormant once it runs.",
             resolution="Wait until its status is running.",
