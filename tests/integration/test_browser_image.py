@@ -336,6 +336,12 @@ class TestShutdown:
         with running(volume=volume) as machine:
             assert machine.status()["chromium_restarts"] == 0
 
+    def test_a_killed_container_starts_again_with_what_it_left_behind(self) -> None:
+        with running() as machine:
+            machine.container.kill()
+            machine.start()
+            assert machine.status()["chromium_restarts"] == 0
+
 
 class TestStatus:
     def test_both_doors_tell_the_same(self, machine: Machine) -> None:
