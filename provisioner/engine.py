@@ -20,9 +20,10 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,11 @@ Program = Callable[[], Awaitable[None]]
 LOCK_WAIT_S = 120.0
 """How long an update waits for somebody else's (an operator's `pulumi up`) to end."""
 
+CLOCK_SLACK_S = 5.0
+"""How exactly the time of a lock and that of a process's start can be compared."""
+
 _LOCKED = "the stack is currently locked"
+_UPDATE_FAILED = "update failed"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,14 +151,16 @@ class Engine:
             for urn in targets:
                 arguments += ["--target", urn]
             done = self._call(arguments)
-            result = _read_events(events, duration_s=time.monotonic() - started)
+            result = read_events(events, duration_s=time.monotonic() - started)
         if _LOCKED in done.stderr:
             raise StackLocked(
                 "Somebody else is updating the stack.",
                 detail=done.stderr.strip(),
                 resolution="If nobody is, remove the lock with `machineuse pulumi -- cancel`.",
             )
-        if result is None or (done.returncode != 0 and not result.errors):
+        # What goes wrong outside of the update itself is on stderr: that the state could not be saved, above all.
+        unsaved = done.returncode < 0 or any(line.startswith("error:") for line in done.stderr.splitlines())
+        if result is None or (done.returncode != 0 and (unsaved or not result.errors)):
             raise EngineError(
                 "The Pulumi engine failed.",
                 detail=f"exit {done.returncode}: {done.stderr.strip() or done.stdout.strip()}",
@@ -185,12 +192,12 @@ class Engine:
         return subprocess.CompletedProcess(command, self._process.returncode, out, err)
 
     def _break_dead_lock(self) -> bool:
-        """Remove the locks of processes of this machine that are gone; return whether there were any."""
+        """Remove the locks that are abandoned; return whether there were any."""
         broken = False
         for path in (self._settings.state_dir / ".pulumi" / "locks").rglob("*.json"):
             with contextlib.suppress(OSError, ValueError, KeyError):
                 owner = json.loads(path.read_text())
-                if owner["hostname"] == socket.gethostname() and not psutil.pid_exists(int(owner["pid"])):
+                if is_abandoned(owner):
                     path.unlink(missing_ok=True)
                     log.warning("removed the lock of an update that was killed", pid=owner["pid"])
                     broken = True
@@ -201,16 +208,36 @@ async def _no_program() -> None:
     raise EngineError("No program was set.")
 
 
-def _read_events(path: Path, *, duration_s: float) -> UpdateResult | None:
-    """Return what the event log tells; None when there was no update."""
+def is_abandoned(lock: Mapping[str, Any]) -> bool:
+    """Say whether a lock, as the CLI writes it, was taken by a process of this machine that is gone."""
+    if lock["hostname"] != socket.gethostname():
+        return False
+    taken_at = datetime.fromisoformat(lock["timestamp"]).timestamp()
+    try:
+        # Numbers are given again, soon after a reboot above all: whoever began later did not take the lock.
+        return psutil.Process(int(lock["pid"])).create_time() > taken_at + CLOCK_SLACK_S
+    except psutil.NoSuchProcess:
+        return True
+
+
+def read_events(path: Path, *, duration_s: float) -> UpdateResult | None:
+    """Return what the event log tells; None when there was no update, or it was cut off.
+
+    The state is saved at an update's very end: of one that was cut off, what the log tells as done is not in the state.
+    """
     if not path.exists():
         return None
+    complete = False
     outputs: dict[str, dict[str, Any]] = {}
     deleted: set[str] = set()
     errors: dict[str, str] = {}
     changed = 0
     for line in path.read_text().splitlines():
-        event = json.loads(line)
+        try:
+            event = json.loads(line)
+        except ValueError:
+            return None
+        complete |= "summaryEvent" in event
         if (done := event.get("resOutputsEvent")) is not None:
             step = done["metadata"]
             if step["op"] in ("delete", "delete-replaced", "discard"):
@@ -224,8 +251,10 @@ def _read_events(path: Path, *, duration_s: float) -> UpdateResult | None:
             urn = said.get("urn", "")
             words = said["message"].strip()
             errors[urn] = f"{errors[urn]}\n{words}" if errors.get(urn) else words
-    if errors.get("") is not None and len(errors) > 1:
-        del errors[""]  # "update failed" once more, without saying of what
+    if not complete:
+        return None
+    if errors.get("") == _UPDATE_FAILED and len(errors) > 1:
+        del errors[""]  # said once more, of no resource
     return UpdateResult(
         outputs=outputs, deleted=frozenset(deleted), errors=errors, changed=changed, duration_s=duration_s
     )

@@ -1,0 +1,71 @@
+"""What is read from an update's event log, and whose lock may be removed."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from provisioner.engine import is_abandoned, read_events
+
+DONE = {"resOutputsEvent": {"metadata": {"op": "create", "urn": "urn:a", "new": {"outputs": {"name": "a"}}}}}
+FAILED = {"resOpFailedEvent": {"metadata": {"urn": "urn:b"}}}
+SAID = {"diagnosticEvent": {"severity": "error", "urn": "urn:b", "message": "No. [docker_error]\n"}}
+UPDATE_FAILED = {"diagnosticEvent": {"severity": "error", "message": "update failed\n"}}
+SUMMARY = {"summaryEvent": {"result": "failed"}}
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "events.json"
+
+
+def write(path: Path, *events: dict[str, Any]) -> None:
+    path.write_text("".join(f"{json.dumps(event)}\n" for event in events))
+
+
+def test_each_resource_has_its_outcome(log: Path) -> None:
+    write(log, DONE, FAILED, SAID, UPDATE_FAILED, SUMMARY)
+    result = read_events(log, duration_s=1)
+    assert result is not None
+    assert result.outputs == {"urn:a": {"name": "a"}}
+    assert result.errors == {"urn:b": "No. [docker_error]"}  # that the update failed says nothing more
+
+
+def test_a_failure_of_the_whole_is_told_beside_that_of_a_resource(log: Path) -> None:
+    program = {"diagnosticEvent": {"severity": "error", "message": "The program broke.\n"}}
+    write(log, DONE, FAILED, SAID, program, SUMMARY)
+    result = read_events(log, duration_s=1)
+    assert result is not None
+    assert result.errors[""] == "The program broke."
+
+
+def test_a_log_that_breaks_off_tells_nothing(log: Path) -> None:
+    write(log, DONE, FAILED, SAID)
+    assert read_events(log, duration_s=1) is None  # whatever it says was done, the state does not have it
+    log.write_text(json.dumps(DONE) + "\n" + json.dumps(SUMMARY)[:9])
+    assert read_events(log, duration_s=1) is None
+    log.unlink()
+    assert read_events(log, duration_s=1) is None
+
+
+def owner(**changes: Any) -> dict[str, Any]:
+    now = datetime.now(UTC).isoformat().replace("+00:00", "789Z")  # nanoseconds, as Go writes them
+    return {"pid": os.getpid(), "hostname": socket.gethostname(), "timestamp": now} | changes
+
+
+def test_only_a_lock_whose_owner_is_gone_is_abandoned() -> None:
+    assert not is_abandoned(owner())
+    assert is_abandoned(owner(pid=2**22 + 1))
+    assert not is_abandoned(owner(pid=2**22 + 1, hostname="another-machine"))
+
+
+def test_a_process_that_began_after_the_lock_was_taken_is_not_its_owner() -> None:
+    before_us = datetime.fromtimestamp(time.time() - 86400, UTC).isoformat()
+    assert is_abandoned(owner(timestamp=before_us))  # the number was given to another process since, after a reboot say
