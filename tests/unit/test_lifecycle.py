@@ -48,6 +48,15 @@ def test_a_second_wish_for_dormancy_joins_the_first() -> None:
     assert lifecycle.wish_dormant(record, reason="again") is None
 
 
+def test_after_a_failed_snapshot_the_next_wish_for_dormancy_need_not_wait() -> None:
+    record = apply(make_record(), lifecycle.wish_dormant(make_record(), reason="test"))
+    failed = lifecycle.note_sleep_failed(record, generation=record.generation, error=SnapshotFailed("full"))
+    record = apply(record, failed)
+    assert record.settled_generation < record.generation
+    again = apply(record, lifecycle.wish_dormant(record, reason="again"))
+    assert (again.wanted, again.generation, again.error_code) == (Wanted.DORMANT, record.generation + 1, None)
+
+
 @pytest.mark.parametrize("status", [Status.CREATING, Status.DORMANT, Status.FAILED])
 def test_only_what_runs_can_be_made_dormant(status: Status) -> None:
     with pytest.raises(Conflict):

@@ -111,6 +111,24 @@ def test_an_engine_that_accepts_and_says_nothing_is_unreachable_after_the_quick_
             stop_container(DockerHost(f"unix://{path}", timeout_s=0.2, slow_timeout_s=600), "x", timeout_s=10)
 
 
+def test_work_in_several_parts_waits_for_a_silent_engine_only_once(tmp_path: Path) -> None:
+    path = tmp_path / "docker.sock"
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(path))
+        silent.listen()
+        host = DockerHost(f"unix://{path}", timeout_s=0.2, slow_timeout_s=600)
+        with pytest.raises(NodeUnreachable):
+            host.slow_api.start("x")
+    path.unlink()
+    with engine({}) as other:
+        host.url = other.url  # it is back, but was not asked for a sign of life yet
+        with pytest.raises(NodeUnreachable) as caught:
+            host.slow_api.start("x")
+        assert "a moment ago" in (caught.value.detail or "")
+        host.ping()
+        host.slow_api.start("x")
+
+
 def test_a_host_comes_back_without_being_made_anew() -> None:
     answers: Answers = {"/_ping": (500, "starting")}
     with engine(answers) as host:

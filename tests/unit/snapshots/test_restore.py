@@ -43,12 +43,9 @@ def test_full_restore_gives_back_all_but_the_browsers_locks(asleep: Scene) -> No
 
 
 def test_quick_start_uses_the_nodes_copy_and_does_not_read_the_home_archive(asleep: Scene) -> None:
-    asleep.store.delete(SNAPSHOT)
-    asleep.machine.containers["browser-1"].changes.clear()
-    Capture(asleep.capture, machine=asleep.machine, store=asleep.store).run()
     flip_byte(asleep, "home.tar.zst")
     result = give_back(asleep, Method.QUICK_START)
-    assert result == RestoreResult(Method.QUICK_START, None, "browser", result.bytes)
+    assert result == RestoreResult(Method.QUICK_START, None, restored_tag(SNAPSHOT), result.bytes)
     assert content(asleep.machine.volume("new-home")) == kept(asleep)
 
 
@@ -86,6 +83,21 @@ def test_a_flipped_byte_is_told_and_nothing_is_restored(asleep: Scene, part: str
     assert content(asleep.machine.volume("new-home")) == {}
     assert restored_tag(SNAPSHOT) not in asleep.machine.images
     assert asleep.store.read_manifest(SNAPSHOT), "the snapshot is kept"
+
+
+def test_a_quick_start_reads_the_changes_above_the_image_and_tells_when_they_are_damaged(asleep: Scene) -> None:
+    flip_byte(asleep, "rootfs.tar.zst")
+    with pytest.raises(SnapshotCorrupt):
+        give_back(asleep, Method.QUICK_START)
+    assert content(asleep.machine.volume("new-home")) == {}
+
+
+def test_without_changes_above_the_image_a_quick_start_reads_no_archive_and_builds_no_image(asleep: Scene) -> None:
+    asleep.store.delete(SNAPSHOT)
+    asleep.machine.containers["browser-1"].changes.clear()
+    Capture(asleep.capture, machine=asleep.machine, store=asleep.store).run()
+    flip_byte(asleep, "home.tar.zst")
+    assert give_back(asleep, Method.QUICK_START).image == "browser"
 
 
 def test_a_snapshot_that_is_not_there_is_told(scene: Scene) -> None:
