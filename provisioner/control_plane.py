@@ -65,12 +65,8 @@ class ControlPlane:
         self.hosts = DockerHosts(timeout_s=settings.node_timeout_s)
         self.store = DirectoryStore(settings.snapshots_dir)
         guard = LedgerGuard(self.ledger, stop_timeout_s=settings.stop_timeout_s)
-        self._plugins = PluginHost(
-            [
-                DockerProvider(hosts=self.hosts, policy=guard),
-                MachineusePlugin(store=self.store, hosts=self.hosts, policy=guard),
-            ]
-        )
+        docker = DockerProvider(hosts=self.hosts, policy=guard)
+        self._plugins = PluginHost([docker, MachineusePlugin(store=self.store, hosts=self.hosts, policy=guard)])
         self._preparation = Preparation(
             self.ledger,
             cluster=self.cluster,
@@ -78,6 +74,7 @@ class ControlPlane:
             store=self.store,
             settings=settings,
             changes=self.changes,
+            docker=docker,
         )
         catalogue = ImageCatalogue(self.cluster, hosts=self.hosts)
         self.instances = InstanceService(
@@ -130,6 +127,7 @@ class ControlPlane:
             changes=self.changes,
             await_ready=self._readiness.watch,
             prepare=self._preparation.prepare,
+            sweep=self._preparation.sweep,
         )
         self._readiness.start()
         self._worker.start()

@@ -108,8 +108,10 @@ class Converger:
         changes: Changes,
         await_ready: Callable[[InstanceRecord], None],
         prepare: Callable[[Work], bool],
+        sweep: Callable[[InstanceRecord], None],
     ) -> None:
         """Run updates with `engine`. `prepare` says whether a step may be run now, or raises why it never may;
+        `sweep` removes what is left of a deleted instance that the stack did not know;
         `await_ready` is told of every instance whose container has started."""
         self._ledger = ledger
         self._cluster = cluster
@@ -118,6 +120,7 @@ class Converger:
         self._changes = changes
         self._await_ready = await_ready
         self._prepare = prepare
+        self._sweep = sweep
         self._names = Names(cluster.name)
         self._nodes_in_doubt = False
 
@@ -218,6 +221,17 @@ class Converger:
             )
         elif work.step is Step.SHED:
             self._change(record, lambda r: lifecycle.note_dormant(r, generation=generation))
+        else:
+            self._finish_delete(work, result)
+
+    def _finish_delete(self, work: Work, result: UpdateResult) -> None:
+        record = work.record
+        body = {self._names.container_urn(record.id), self._names.volume_urn(record.id)}
+        try:
+            if not body <= result.deleted:
+                self._sweep(record)
+        except MachineuseError as error:
+            self._retry(work, error)
         else:
             self._change(record, lifecycle.note_gone)
 

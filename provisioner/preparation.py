@@ -1,8 +1,9 @@
 """Does the slow part of a step before the engine's update, so that no instance waits for another's gigabytes.
 
 An update holds the stack: whatever is slow inside it is slow for everybody. Pulling an image and capturing a snapshot
-are therefore done beforehand, each in a thread of its own; the resources that the update then creates find their work
-done (both are idempotent, and an operator's plain `pulumi up` does the same work inside the update).
+are therefore done beforehand, each in a thread of its own, and a new instance's container starts while the CLI does.
+The resources that the update then creates find their work done: all of it is idempotent, and an operator's plain
+`pulumi up` does the same work inside the update.
 
 A snapshot that was captured and never became a resource is known to nobody but the ledger. So before an instance is
 deleted, its capture comes to an end, and what is only pending is thrown away here.
@@ -12,27 +13,32 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import structlog
 
 from provisioner.changes import Changes
 from provisioner.converger import Step, Work
 from provisioner.docker_hosts.archives import DockerMachine
-from provisioner.docker_hosts.containers import kill_container
+from provisioner.docker_hosts.containers import kill_container, remove_container
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.docker_hosts.images import ensure_image, find_image
+from provisioner.docker_hosts.volumes import remove_volume
 from provisioner.errors import MachineuseError, NodeUnreachable, UnknownNode
 from provisioner.ledger import Ledger
 from provisioner.ledger.records import InstanceRecord, SnapshotState
+from provisioner.plugins.docker.provider import DockerProvider
 from provisioner.plugins.machineuse.snapshot import labels_of
 from provisioner.settings import Settings
 from provisioner.snapshots.capture import Capture, CaptureRequest
 from provisioner.snapshots.machine import Volumes
 from provisioner.snapshots.manifest import SnapshotId
 from provisioner.snapshots.store import SnapshotStore
+from provisioner.specs import spec_of
 from provisioner.states import Wanted
+from stacks.instance import container_arguments, volume_arguments
 from stacks.names import Names
 from stacks.spec import HOME_PATH, ClusterSpec, NodeSpec
 
@@ -59,6 +65,7 @@ class Preparation:
         store: SnapshotStore,
         settings: Settings,
         changes: Changes,
+        docker: DockerProvider,
     ) -> None:
         self._ledger = ledger
         self._cluster = cluster
@@ -66,6 +73,7 @@ class Preparation:
         self._store = store
         self._settings = settings
         self._changes = changes
+        self._docker = docker
         self._names = Names(cluster.name)
         self._pool = ThreadPoolExecutor(max_workers=WORKERS, thread_name_prefix="machineuse-preparation")
         self._lock = threading.Lock()
@@ -81,6 +89,8 @@ class Preparation:
         """
         if work.step is Step.CREATE:
             job = self._prepare_image(work.record)
+            if job is None:
+                self._start_ahead(work.record)
         elif work.step is Step.SNAPSHOT:
             job = self._prepare_snapshot
         elif work.step is Step.DELETE:
@@ -107,6 +117,56 @@ class Preparation:
         if error is not None:
             raise error
         return True
+
+    def _start_ahead(self, record: InstanceRecord) -> None:
+        """Make volume and container while the CLI starts; the update's resources wait for them, and adopt them."""
+        if record.restore_generation is None and not record.repair and record.attempts == 0:
+            self._pool.submit(self._create_body, record)
+
+    def _create_body(self, record: InstanceRecord) -> None:
+        spec, node = spec_of(record), self._node_of(record)
+        if spec is None:
+            return
+        volume = volume_arguments(spec, cluster=self._cluster, ledger_id=self._ledger.id)
+        container = container_arguments(
+            spec,
+            cluster=self._cluster,
+            ledger_id=self._ledger.id,
+            node=node,
+            image=spec.image,
+            volume=volume["name"],
+        )
+        try:
+            for urn, arguments in (
+                (self._names.volume_urn(record.id), volume),
+                (self._names.container_urn(record.id), container),
+            ):
+                self._docker.create_ahead(urn, config={"host": node.host}, news=_as_inputs(arguments))
+        except MachineuseError as error:
+            log.debug("not started ahead", instance=record.id, error=error.message)  # the update meets it, and tells
+
+    def sweep(self, record: InstanceRecord) -> None:
+        """Remove a deleted instance's container and volume, where the stack never got to know them. Idempotent.
+
+        An update that was killed, or never run, may have made them. Raises DockerError, but not for a node that does
+        not answer when the delete is forced: then they are noted, to be removed when it is back.
+        """
+        node = self._cluster.node(record.node_id)
+        if node is None:
+            return
+        host = self._hosts.get(node.host)
+        container, volume = self._names.docker_container(record.id), self._names.docker_volume(record.id)
+        try:
+            remove_container(host, container, kill=True)
+            remove_volume(host, volume)
+        except NodeUnreachable:
+            if not record.force:
+                raise
+            for urn, name in (
+                (self._names.container_urn(record.id), container),
+                (self._names.volume_urn(record.id), volume),
+            ):
+                self._ledger.leftovers.add(node_id=node.id, urn=urn, name=name)
 
     def kill(self, record: InstanceRecord) -> None:
         """Kill an instance's container now, without waiting for the update that removes it; nothing waits for this.
@@ -215,6 +275,16 @@ class Preparation:
                     urn = self._names.snapshot_urn(record.id, generation)
                     self._ledger.leftovers.add(node_id=node.id, urn=urn, name=copy)
             self._store.delete(SnapshotId(instance_id=record.id, generation=generation))
+
+
+def _as_inputs(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the program's arguments as the engine would hand them on: its names, and nothing that is not set."""
+
+    def rename(name: str) -> str:
+        first, *rest = name.split("_")
+        return first + "".join(word.title() for word in rest)
+
+    return {rename(name): value for name, value in arguments.items() if value is not None}
 
 
 def _pending(record: InstanceRecord) -> list[int]:

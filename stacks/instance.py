@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from typing import Any
 
 import pulumi
 import pulumi_docker as docker
@@ -37,6 +38,60 @@ STOP_TIMEOUT_S = 10
 def read_seccomp_profile() -> str:
     """Return the profile as Docker's API wants it: the JSON itself, minified."""
     return json.dumps(json.loads(SECCOMP_PROFILE.read_text()), separators=(",", ":"))
+
+
+def volume_arguments(spec: InstanceSpec, *, cluster: ClusterSpec, ledger_id: str) -> dict[str, Any]:
+    """Return the arguments of an instance's home volume."""
+    own = Names(cluster.name)
+    quota = spec.disk_quota_gib
+    return {
+        "name": own.docker_volume(spec.id),
+        "driver_opts": {"size": f"{int(quota * 1024)}m"} if quota is not None else None,
+        "labels": _labels(spec, cluster=cluster, ledger_id=ledger_id, urn=own.volume_urn(spec.id)),
+    }
+
+
+def container_arguments(
+    spec: InstanceSpec,
+    *,
+    cluster: ClusterSpec,
+    ledger_id: str,
+    node: NodeSpec,
+    image: pulumi.Input[str],
+    volume: pulumi.Input[str],
+) -> dict[str, Any]:
+    """Return the arguments of an instance's container: as small and as unprivileged as a browser can do with."""
+    own = Names(cluster.name)
+    published = [
+        {"internal": inside, "external": outside, "ip": node.bind_ip}
+        for inside, outside in ((CDP_PORT, spec.debug_port), (STREAM_PORT, spec.stream_port))
+        if outside is not None
+    ]
+    labels = _labels(spec, cluster=cluster, ledger_id=ledger_id, urn=own.container_urn(spec.id))
+    return {
+        "name": own.docker_container(spec.id),
+        "image": image,
+        "memory": spec.memory_mib,
+        "memory_swap": spec.memory_mib,
+        "cpus": f"{spec.cpus:.1f}",
+        "shm_size": spec.shm_mib,
+        "ports": published or None,
+        "mounts": [{"type": "volume", "source": volume, "target": HOME_PATH}],
+        "network_mode": own.docker_network(ledger_id),
+        "capabilities": {"drops": ["ALL"]},
+        "security_opts": ["no-new-privileges", f"seccomp={read_seccomp_profile()}"],
+        "restart": "unless-stopped",
+        "must_run": True,
+        # An image that is no browser has a shell as its command: a terminal keeps it alive.
+        "tty": None if spec.browser else True,
+        "stdin_open": None if spec.browser else True,
+        "labels": [*labels, {"label": f"{LABEL_PREFIX}pids", "value": str(spec.pids)}],
+    }
+
+
+def _labels(spec: InstanceSpec, *, cluster: ClusterSpec, ledger_id: str, urn: str) -> list[dict[str, str]]:
+    labels = {"cluster": cluster.name, "instance": spec.id, "ledger": ledger_id, "urn": urn}
+    return [{"label": f"{LABEL_PREFIX}{key}", "value": value} for key, value in labels.items()]
 
 
 class Instance(pulumi.ComponentResource):
@@ -71,57 +126,23 @@ class Instance(pulumi.ComponentResource):
                 self.resources.append(restore)
             self.resources.append(self._container(volume, image=image))
 
-    def _labels(self, urn: str) -> dict[str, str]:
-        return {
-            f"{LABEL_PREFIX}cluster": self._cluster.name,
-            f"{LABEL_PREFIX}instance": self._spec.id,
-            f"{LABEL_PREFIX}ledger": self._ledger_id,
-            f"{LABEL_PREFIX}urn": urn,
-        }
-
     def _options(self) -> pulumi.ResourceOptions:
         return pulumi.ResourceOptions(parent=self, provider=self._provider)
 
     def _volume(self) -> docker.Volume:
-        labels = self._labels(self._names.volume_urn(self._spec.id))
-        quota = self._spec.disk_quota_gib
-        return docker.Volume(
-            names.volume_name(self._spec.id),
-            name=self._names.docker_volume(self._spec.id),
-            driver_opts={"size": f"{int(quota * 1024)}m"} if quota is not None else None,
-            labels=[docker.VolumeLabelArgs(label=k, value=v) for k, v in labels.items()],
-            opts=self._options(),
-        )
+        arguments = volume_arguments(self._spec, cluster=self._cluster, ledger_id=self._ledger_id)
+        return docker.Volume(names.volume_name(self._spec.id), **arguments, opts=self._options())
 
     def _container(self, volume: docker.Volume, *, image: pulumi.Input[str]) -> docker.Container:
-        spec = self._spec
-        labels = self._labels(self._names.container_urn(spec.id)) | {f"{LABEL_PREFIX}pids": str(spec.pids)}
-        published = [
-            docker.ContainerPortArgs(internal=inside, external=outside, ip=self._node.bind_ip)
-            for inside, outside in ((CDP_PORT, spec.debug_port), (STREAM_PORT, spec.stream_port))
-            if outside is not None
-        ]
-        return docker.Container(
-            names.container_name(spec.id),
-            name=self._names.docker_container(spec.id),
+        arguments = container_arguments(
+            self._spec,
+            cluster=self._cluster,
+            ledger_id=self._ledger_id,
+            node=self._node,
             image=image,
-            memory=spec.memory_mib,
-            memory_swap=spec.memory_mib,
-            cpus=f"{spec.cpus:.1f}",
-            shm_size=spec.shm_mib,
-            ports=published or None,
-            mounts=[docker.ContainerMountArgs(type="volume", source=volume.name, target=HOME_PATH)],
-            network_mode=self._names.docker_network(self._ledger_id),
-            capabilities=docker.ContainerCapabilitiesArgs(drops=["ALL"]),
-            security_opts=["no-new-privileges", f"seccomp={read_seccomp_profile()}"],
-            restart="unless-stopped",
-            must_run=True,
-            # An image that is no browser has a shell as its command: a terminal keeps it alive.
-            tty=None if spec.browser else True,
-            stdin_open=None if spec.browser else True,
-            labels=[docker.ContainerLabelArgs(label=k, value=v) for k, v in labels.items()],
-            opts=self._options(),
+            volume=volume.name,
         )
+        return docker.Container(names.container_name(self._spec.id), **arguments, opts=self._options())
 
     def _snapshot(self, ref: SnapshotRef) -> Snapshot:
         spec = self._spec

@@ -238,6 +238,24 @@ class PluginServicer(provider_pb2_grpc.ResourceProviderServicer):
             kind.delete(call, id=request.id, inputs=to_plain(request.old_inputs), outputs=to_plain(request.properties))
         return empty_pb2.Empty()
 
+    # --- without an engine ---
+
+    def create_ahead(self, urn: str, *, config: Mapping[str, Any], news: Properties) -> None:
+        """Create a resource that an engine is about to ask for: its own create waits for this one, and adopts.
+
+        `config` and `news` are what the engine will come with. Raises what creating raises; the engine's create meets
+        the same then, and tells it.
+        """
+        token, name = urn.split("::")[2].split("$")[-1], urn.split("::")[-1]
+        kind = self._types[token]
+        call = Call(urn=urn, name=name, config=config, session=self._sessions.get(""))
+        inputs = kind.check(call, olds={}, news=news).inputs
+        self._locks.acquire(urn)
+        try:
+            kind.create(call, inputs=inputs)
+        finally:
+            self._locks.release(urn)
+
     # --- behind them ---
 
     def _connection(self, context: grpc.ServicerContext) -> Connection:
