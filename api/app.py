@@ -6,7 +6,6 @@ loopback only), the limit on bodies, then the routes.
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from fastapi import FastAPI
@@ -18,6 +17,7 @@ from api.auth import Gate, check_binding
 from api.intake import BodyLimit
 from api.routers import health, instances, metrics, nodes
 from api.services import Services
+from api.waiting import Stopping
 
 
 def create_app(services: Services) -> FastAPI:
@@ -34,7 +34,7 @@ def create_app(services: Services) -> FastAPI:
         middleware=[Middleware(AccessLog), Middleware(Gate, services.settings), Middleware(BodyLimit)],
     )
     app.state.services = services
-    app.state.stopping = asyncio.Event()
+    app.state.stopping = Stopping()
     errors.install(app)
     for resource in (health, instances, nodes, metrics):
         app.include_router(resource.router)

@@ -7,6 +7,7 @@ control plane finishes the update under way. A second signal ends the process at
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 import signal
@@ -97,7 +98,8 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._app.state.stopping.set()
+        # Not at once: what runs now may be inside the very lock that this takes.
+        asyncio.get_running_loop().call_soon_threadsafe(self._app.state.stopping.set)
         super().handle_exit(sig, frame)
 
 

@@ -12,9 +12,11 @@ from typing import Annotated
 from fastapi import Depends, Header, Request, Response
 
 from api.services import Services
+from provisioner.changes import Changes
 from provisioner.ledger.records import InstanceRecord
 
 MAX_WAIT_S = 300
+_ALL = "all calls"
 
 _QUOTED_OR_NOT = re.compile(r'\s*wait\s*=\s*(?:"(\d{1,9})"|(\d{1,9}))\s*', re.ASCII | re.IGNORECASE)
 
@@ -26,6 +28,25 @@ def parse_wait(prefer: str | None) -> int | None:
         if found:
             return min(int(found[1] or found[2]), MAX_WAIT_S)
     return None
+
+
+class Stopping:
+    """Says to every call that waits, whichever loop it waits in, that the service is being stopped."""
+
+    def __init__(self) -> None:
+        self._begun = False
+        self._calls = Changes()
+
+    def set(self) -> None:
+        """Let nobody wait any longer."""
+        self._begun = True
+        self._calls.notify(_ALL)
+
+    async def wait(self) -> None:
+        """Return once the service is being stopped."""
+        with self._calls.subscribe(_ALL) as changed:
+            if not self._begun:
+                await changed.wait()
 
 
 class Waiter:
@@ -43,7 +64,7 @@ class Waiter:
         ] = None,
     ) -> None:
         self._services: Services = request.app.state.services
-        self._stopping: asyncio.Event = request.app.state.stopping
+        self._stopping: Stopping = request.app.state.stopping
         preferred_s = parse_wait(", ".join(request.headers.getlist("prefer")) or prefer)
         if preferred_s is not None:
             response.headers["Preference-Applied"] = f"wait={preferred_s}"
