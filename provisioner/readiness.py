@@ -256,7 +256,7 @@ class Readiness:
             said = ""
         reason += f" Its last words: {said}" if said else ""
         log.warning("not ready", instance=watch.record.id, reason=reason)
-        await self._change(watch, lambda r: _give_up(r, generation=watch.record.generation, reason=reason))
+        await self._change(watch, lambda r: give_up(r, generation=watch.record.generation, reason=reason))
 
     async def _change(self, watch: Watch, decide: Callable[[InstanceRecord], Update | None]) -> None:
         def write() -> None:
@@ -309,7 +309,8 @@ def _tell_end(watch: Watch) -> str:
     return f"{ended}, last with exit code {watch.exit_code}." if watch.exit_code is not None else f"{ended}."
 
 
-def _give_up(record: InstanceRecord, *, generation: int, reason: str) -> Update | None:
+def give_up(record: InstanceRecord, *, generation: int, reason: str) -> Update | None:
+    """Give up an instance that won't come up: back to its snapshot if it was only just restored, else failed."""
     if record.restore_generation is not None and not record.repair and record.status is Status.CREATING:
         # Nobody used what was restored yet: back to the snapshot, from which it can be revived again.
         error = NotReady(f"It was restored, but can't be used. {reason}", resolution="Its snapshot is kept.")

@@ -6,104 +6,25 @@ loses nothing, because the work is found again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from provisioner import lifecycle
-from provisioner.changes import Changes
-from provisioner.converger import Converger, Work
-from provisioner.errors import EngineError, MachineuseError, SnapshotFailed
-from provisioner.guard import LedgerGuard
+from provisioner.errors import DockerError, EngineError, SnapshotFailed
 from provisioner.ledger import Ledger
 from provisioner.ledger.instances import Update
-from provisioner.ledger.records import InstanceRecord
-from provisioner.settings import Settings
 from provisioner.states import Status, Wanted
-from stacks.names import Names
-from stacks.spec import ClusterSpec
-from tests.support.fake_engine import Died, FakeEngine
-from tests.support.records import make_record
+from tests.support.fake_engine import Died
+from tests.support.world import ID, NAMES, World
 
-NAMES = Names("unit")
-ID = "mu-test"
 VOLUME, CONTAINER = NAMES.volume_urn(ID), NAMES.container_urn(ID)
-
-
-class World:
-    """A converger with everything around it; `crash` throws the converger away like a kill -9 does."""
-
-    def __init__(self, path: Path) -> None:
-        self.ledger = Ledger.create(path / "ledger.db")
-        self.engine = FakeEngine()
-        self.preparing: set[str] = set()
-        self.unprepared: MachineuseError | None = None
-        self.engine.before_delete = self._guard
-        self.crash()
-
-    def crash(self) -> None:
-        self.converger = Converger(
-            self.ledger,
-            cluster=ClusterSpec(name="unit"),
-            settings=Settings(create_attempts=2),
-            engine=self.engine,
-            changes=Changes(),
-            await_ready=self._ready,
-            prepare=self._prepare,
-        )
-
-    def _prepare(self, work: Work) -> bool:
-        if self.unprepared is not None and work.record.id == ID:
-            raise self.unprepared
-        return work.record.id not in self.preparing
-
-    def _ready(self, record: InstanceRecord) -> None:
-        self.ledger.instances.change(record.id, lambda r, _: lifecycle.note_ready(r, generation=r.generation))
-
-    def _guard(self, urn: str) -> None:
-        """Every delete is asked for as the plugins do."""
-        kind = next((k for k in ("volume", "container", "Snapshot") if f"{k}:" in urn or k in urn), "other").lower()
-        decision = LedgerGuard(self.ledger, stop_timeout_s=1).check_delete(
-            urn=urn, labels={"machineuse.instance": ID}, kind=kind, replacing=False
-        )
-        assert decision.allowed, decision.reason
-
-    def add(self, **fields: object) -> InstanceRecord:
-        record = make_record(**{"status": Status.CREATING, "applied_generation": 0, "settled_generation": 0} | fields)
-        return self.ledger.instances.create(lambda _: (record, "test"))
-
-    def wish(self, decide: Callable[[InstanceRecord], object], instance_id: str = ID) -> None:
-        self.ledger.instances.change(instance_id, lambda r, _: decide(r))  # type: ignore[arg-type, return-value]
-
-    def wish_step(self, wish: str) -> None:
-        """Wish by name; `create` adds the instance."""
-        if wish == "create":
-            self.add()
-        elif wish == "dormant":
-            self.wish(lambda r: lifecycle.wish_dormant(r, reason="test"))
-        elif wish == "revive":
-            self.wish(lambda r: lifecycle.wish_revived(r, method="quick_start", node_id="local", ports=(21000, 21001)))
-        else:
-            self.wish(lambda r: lifecycle.wish_absent(r, force=False))
-
-    def settle(self, *, rounds: int = 20) -> None:
-        """Step until nothing is due, taking no notice of how long a retry should wait."""
-        for _ in range(rounds):
-            for record in self.ledger.instances.unsettled():
-                self.wish(lambda _: Update(values={"retry_at": 0.0}), record.id)
-            if self.converger.step() is None:
-                return
-        raise AssertionError(f"still unsettled: {self.ledger.instances.unsettled()}")
-
-    @property
-    def record(self) -> InstanceRecord:
-        return self.ledger.instances.get(ID)
 
 
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
-    world = World(tmp_path)
+    world = World(Ledger.create(tmp_path / "ledger.db"))
     yield world
     world.ledger.close()
 
@@ -131,7 +52,7 @@ def test_an_instance_goes_the_whole_way(world: World) -> None:
     assert world.ledger.instances.all() == []
 
 
-@pytest.mark.parametrize("death", ["before", "after"])
+@pytest.mark.parametrize("death", ["before", "during", "after"])
 @pytest.mark.parametrize("fatal", range(9))
 def test_a_kill_at_any_update_loses_nothing(world: World, death: str, fatal: int) -> None:
     survived = 0
@@ -259,8 +180,27 @@ def test_a_preparation_that_fails_is_the_step_failing(world: World) -> None:
     world.wish_step("create")
     world.settle()
     world.wish_step("dormant")
-    world.unprepared = SnapshotFailed("The store is full.")
+    world.unprepared = {ID: SnapshotFailed("The store is full.")}
     world.settle()
     assert world.record.status is Status.RUNNING
     assert world.record.error_message == "The store is full."
     assert {VOLUME, CONTAINER} <= world.engine.resources
+
+
+def test_what_the_stack_never_got_to_know_of_a_deleted_instance_is_swept(world: World) -> None:
+    world.wish_step("create")
+    world.engine.die = "during"
+    with pytest.raises(Died):
+        world.converger.step()
+    world.engine.die = None
+    world.crash()
+    assert {VOLUME, CONTAINER} <= world.engine.made.keys()
+    assert world.engine.resources == set()
+    world.wish_step("delete")
+    world.unswept = {ID: DockerError("busy")}
+    world.converger.step()
+    assert world.record.wanted is Wanted.ABSENT
+    world.unswept = {}
+    world.settle()
+    assert world.engine.made == {}
+    assert world.ledger.instances.all() == []
