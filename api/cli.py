@@ -84,7 +84,11 @@ def instances(data_dir: DataDir = None, cluster: Cluster = None) -> None:
         records = ledger.instances.all()
     finally:
         ledger.close()
-    table = Table("id", "status", "node", "debug port", "stream port", "image", "under way", "error")
+    table = Table(box=None, pad_edge=False)
+    for column in ("id", "status", "node", "debug port", "stream port"):
+        table.add_column(column, no_wrap=True)
+    for column in ("image", "under way", "error"):
+        table.add_column(column, overflow="fold")
     for record in records:
         ports = ("" if port is None else str(port) for port in (record.debug_port, record.stream_port))
         table.add_row(

@@ -44,7 +44,7 @@ def serve(settings: Settings) -> None:
     port = sockets[0].getsockname()[1]
     settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     settings.data_dir.chmod(0o700)
-    with _only_service(settings.data_dir):
+    with only_service(settings.data_dir):
         configure_logs(log_format=settings.log_format, directory=settings.data_dir / "logs")
         log.info("starting", cluster=settings.cluster, data_dir=str(settings.data_dir))
         control_plane = ControlPlane(settings)
@@ -104,7 +104,7 @@ class _Server(uvicorn.Server):
 
 
 @contextmanager
-def _only_service(data_dir: Path) -> Iterator[None]:
+def only_service(data_dir: Path) -> Iterator[None]:
     """Hold the data directory for this process; the kernel lets go of it however the process ends."""
     path = data_dir / "serve.lock"
     with path.open("a+") as lock:

@@ -91,13 +91,14 @@ class Service:
 
     def stop(self) -> int:
         """Ask it to stop and wait; return its exit code."""
-        return self._end(signal.SIGTERM)
+        return self.end(signal.SIGTERM)
 
     def kill(self) -> int:
         """Kill it like a power cut would."""
-        return self._end(signal.SIGKILL)
+        return self.end(signal.SIGKILL)
 
-    def _end(self, how: signal.Signals) -> int:
+    def end(self, how: signal.Signals) -> int:
+        """Send it a signal, unless it ended already, and wait; return its exit code."""
         assert self._process is not None
         if self._process.poll() is None:
             self._process.send_signal(how)
