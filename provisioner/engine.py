@@ -31,7 +31,7 @@ import grpc
 import psutil
 import structlog
 from pulumi.automation._server import LanguageServer
-from pulumi.runtime.proto import language_pb2_grpc
+from pulumi.runtime.proto import language_pb2, language_pb2_grpc
 
 from provisioner.errors import EngineError, StackLocked
 from provisioner.settings import Settings
@@ -83,7 +83,7 @@ class Engine:
             "PULUMI_DEBUG_COMMANDS": "true",  # which --event-log and --client need
             "GOGC": "400",  # the CLI lives for a second: memory for time
         }
-        self._languages = LanguageServer(_no_program)
+        self._languages = _Languages(_no_program)
         self._server = grpc.server(ThreadPoolExecutor(max_workers=4, thread_name_prefix="language"))
         language_pb2_grpc.add_LanguageRuntimeServicer_to_server(self._languages, self._server)
         self._port = self._server.add_insecure_port("127.0.0.1:0")
@@ -202,6 +202,16 @@ class Engine:
                     log.warning("removed the lock of an update that was killed", pid=owner["pid"])
                     broken = True
         return broken
+
+
+class _Languages(LanguageServer):
+    """A language server that takes it quietly when the CLI ends before the program does: a failed resource ends it."""
+
+    def Run(self, request: Any, context: Any) -> Any:
+        try:
+            return super().Run(request, context)  # type: ignore[no-untyped-call]
+        except grpc.RpcError:  # it tried to tell the CLI
+            return language_pb2.RunResponse()
 
 
 async def _no_program() -> None:
