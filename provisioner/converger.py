@@ -122,7 +122,8 @@ class Converger:
         self._prepare = prepare
         self._sweep = sweep
         self._names = Names(cluster.name)
-        self._nodes_in_doubt = False
+        self._doubtful_nodes: set[str] = set()
+        """Nodes that may lack what their instances need: their network."""
 
     def step(self) -> float | None:
         """Run one update of what is due; return in how many seconds something is due again, None when nothing is."""
@@ -131,8 +132,8 @@ class Converger:
         due = [work for work in planned if work.record.retry_at <= now][:BATCH]
         if due and not (due := [work for work in due if self._is_prepared(work)]):
             return None
-        if due and self._nodes_in_doubt:
-            self._restore_nodes()
+        if doubtful := self._doubtful_nodes & {work.record.node_id for work in due}:
+            self._restore_nodes(doubtful)
         if due:
             # A repair looks at the real container first, which would slow the others down: those go ahead.
             plain = [work for work in due if not work.record.repair]
@@ -140,16 +141,19 @@ class Converger:
             return 0.0
         return max(min(work.record.retry_at for work in planned) - now, 0.0) if planned else None
 
-    def _restore_nodes(self) -> None:
-        """Look at the nodes' networks and make again what somebody removed (`docker network prune`, say)."""
+    def _restore_nodes(self, node_ids: set[str]) -> None:
+        """Make these nodes' networks: the node was away when the cluster was applied, or somebody removed them."""
 
         async def program() -> None:
             await declare(self._cluster, ledger_id=self._ledger.id, instances=(), claim=False)
 
-        networks = [self._names.urn(NETWORK_TYPE, network_name(node.id)) for node in self._cluster.nodes]
+        networks = [self._names.urn(NETWORK_TYPE, network_name(node_id)) for node_id in sorted(node_ids)]
         result = self._engine.update(program, targets=networks, refresh=True)
-        self._nodes_in_doubt = bool(result.errors)
-        log.warning("nodes looked at", changed=result.changed, errors=result.errors or None)
+        if result.errors:  # a refresh can't be of what the stack has not got to know yet
+            result = self._engine.update(program, targets=networks)
+        if not result.errors:
+            self._doubtful_nodes -= node_ids
+        log.warning("nodes looked at", nodes=sorted(node_ids), changed=result.changed, errors=result.errors or None)
 
     def _is_prepared(self, work: Work) -> bool:
         try:
@@ -248,7 +252,8 @@ class Converger:
         if work.step is not Step.CREATE:
             self._retry(work, error)  # nothing is lost meanwhile, and giving up would leave a half-deleted instance
             return
-        self._nodes_in_doubt |= isinstance(error, DockerNotFound)
+        if isinstance(error, DockerNotFound) and self._cluster.node(record.node_id) is not None:
+            self._doubtful_nodes.add(record.node_id)
         if isinstance(error, PortTaken) and record.attempts + 1 < self._settings.create_attempts:
             self._ledger.instances.change(
                 record.id, lambda r, loads: self._other_ports(r, loads=loads, generation=generation, error=error)
