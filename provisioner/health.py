@@ -13,7 +13,7 @@ from typing import Any
 
 import structlog
 
-from provisioner import machine
+from provisioner import lifecycle, machine
 from provisioner.changes import Changes
 from provisioner.docker_hosts.disk import can_limit_volumes
 from provisioner.docker_hosts.hosts import DockerHosts
@@ -98,6 +98,8 @@ class NodeHealth:
         )
         if not was_online:
             log.info("node online", node=node.id)
+            waiting = [record.id for record in self._ledger.instances.unsettled() if record.node_id == node.id]
+            self._ledger.instances.change_many(waiting, lambda record, _: lifecycle.note_node_back(record))
             self._changes.work.set()
 
     def _measure(self, node: NodeSpec, info: Mapping[str, Any]) -> dict[str, Any]:

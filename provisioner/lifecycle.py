@@ -145,7 +145,8 @@ def note_created(
             "body": True,
             "restored_by": restored_by or record.restored_by,
             "restore_note": restore_note or record.restore_note,
-        },
+        }
+        | _forget_retries(record),
         event=("restored", f"restored by {restored_by}" + (f": {restore_note}" if restore_note else ""))
         if restored_by
         else ("created", "its container has started"),
@@ -209,6 +210,7 @@ def note_dormant(record: InstanceRecord, *, generation: int) -> Update | None:
             "stream_port": None,
             "attempts": 0,
         }
+        | _forget_retries(record)
         | _become(record, Event.SLEPT),
         drop_snapshots=tuple(s.generation for s in record.snapshots if s.state is SnapshotState.EXPIRING),
         release_ports=True,
@@ -288,6 +290,16 @@ def note_retry(record: InstanceRecord, *, generation: int, error: MachineuseErro
         },
         event=("retry", f"{error.explain()} Trying again in {delay_s:.0f} s."),
     )
+
+
+def note_node_back(record: InstanceRecord) -> Update | None:
+    """Its node answers again: what waits for its next try need not wait any longer."""
+    return Update(values={"retry_at": 0.0}) if record.retry_at > time.time() else None
+
+
+def _forget_retries(record: InstanceRecord) -> dict[str, Any]:
+    """Take back the error of a try that another one has made good; the error that ended a wish stays."""
+    return {"error_code": None, "error_message": None} if record.error_generation is None else {}
 
 
 def note_gone(_record: InstanceRecord) -> Update:

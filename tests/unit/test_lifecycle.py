@@ -170,3 +170,28 @@ def test_a_lost_container_is_wanted_again() -> None:
     assert record.status is Status.CREATING
     assert record.repair
     assert lifecycle.wish_repaired(record, reason="gone") is None
+
+
+def test_the_error_of_a_try_is_taken_back_when_a_later_one_succeeds() -> None:
+    creating = make_record(status=Status.CREATING, applied_generation=0, settled_generation=0)
+    retried = apply(creating, lifecycle.note_retry(creating, generation=1, error=DockerError("no"), delay_s=60))
+    assert retried.error_code == "docker_error"
+    created = lifecycle.note_created(retried, generation=1, restored_by=None, restore_note=None)
+    assert apply(retried, created).error_code is None
+
+
+def test_the_error_that_ended_a_revive_stays_when_it_is_dormant_again() -> None:
+    asleep = sleeping()
+    reviving = apply(asleep, lifecycle.wish_revived(asleep, method="full_restore", node_id="local", ports=(1, 2)))
+    generation = reviving.generation
+    error = SnapshotCorrupt("damaged")
+    again = apply(reviving, lifecycle.note_revive_failed(reviving, generation=generation, error=error))
+    settled = apply(again, lifecycle.note_dormant(again, generation=again.generation))
+    assert (settled.status, settled.error_code) == (Status.DORMANT, "snapshot_corrupt")
+
+
+def test_what_waits_for_its_next_try_need_not_wait_once_its_node_is_back() -> None:
+    record = make_record(wanted=Wanted.ABSENT, generation=2)
+    waiting = apply(record, lifecycle.note_retry(record, generation=2, error=DockerError("away"), delay_s=60))
+    assert apply(waiting, lifecycle.note_node_back(waiting)).retry_at == 0
+    assert lifecycle.note_node_back(record) is None
