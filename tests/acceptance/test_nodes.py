@@ -26,9 +26,13 @@ def engine() -> Iterator[EngineProxy]:
         yield proxy
 
 
+def settings_for(engine: EngineProxy) -> dict[str, Any]:
+    return {"node": {"host": engine.url}, "heartbeat_s": 0.3, "node_timeout_s": 1, "offline_after_misses": 2}
+
+
 @pytest.fixture(scope="module")
 def service(start_service: Callable[..., Service], engine: EngineProxy) -> Service:
-    return start_service(node={"host": engine.url}, heartbeat_s=0.3, node_timeout_s=1, offline_after_misses=2)
+    return start_service(**settings_for(engine))
 
 
 @pytest.fixture(scope="module")
@@ -187,3 +191,26 @@ def assert_deleted_and_cleaned_up(service: Service, engine: EngineProxy, instanc
     engine.restore()
     await_node(service, "online")
     wait_until(lambda: traces_of(service, instance_id) == [], what="nothing is left of it")
+
+
+def test_a_service_that_starts_while_its_node_is_away_works_once_that_is_back(
+    start_service: Callable[..., Service], engine: EngineProxy
+) -> None:
+    engine.refuse()
+    service = start_service(**settings_for(engine))
+    assert node_of(service)["last_heartbeat"] is None
+    assert service.http.post("/v2/instances", json={"config": SMALL}).status_code == 503
+    engine.restore()
+    await_node(service, "online")
+    created = service.create(config=SMALL)
+    assert (created["status"], created["error"]) == ("running", None)
+
+    # And a delete that has to wait for its node does not wait longer than for that.
+    engine.refuse()
+    await_node(service, "offline")
+    waiting = service.delete(created["id"], wait_s=1)
+    assert (waiting.status_code, waiting.json()) == (200, {"message": f"Instance {created['id']} is being deleted."})
+    assert service.get(created["id"])["node_status"] == "offline"
+    engine.restore()
+    wait_until(lambda: service.http.get(f"/v2/instances/{created['id']}").status_code == 404, what="it is deleted")
+    assert traces_of(service, created["id"]) == []
