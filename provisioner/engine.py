@@ -95,7 +95,7 @@ class Engine:
         process = self._process
         if process is not None and process.poll() is None:
             process.kill()
-        self._server.stop(grace=0)
+        self._server.stop(grace=0).wait()
 
     def ensure_stack(self) -> bool:
         """Make passphrase, state and stack where they are missing; return whether the stack is new. Idempotent."""
