@@ -55,6 +55,8 @@ def test_a_dormant_instance_is_a_verified_snapshot_and_nothing_else(service: Ser
     assert service.docker.api.containers(all=True, filters=mine) == []
     assert service.volumes() == [f"{container.name}-copy-{snapshot['generation']}"]
     assert promised_by(service) == 0
+    counted = service.http.get("/v2/metrics").json()["cluster"]
+    assert (counted["total_instances"], counted["running_instances"]) == (1, 0)
     assert resources_of(service, instance["id"]) == DORMANT
 
     # The snapshot is whole: every part is what the manifest says.

@@ -96,10 +96,3 @@ def test_an_instances_use_is_shown_with_it_and_a_busy_page_is_seen(service: Serv
         wait_until(lambda: use()["cpu_percent"] > quiet + 20, what="the browser's work is seen", timeout_s=60)
         page.evaluate("busy.terminate()")
     wait_until(lambda: use()["cpu_percent"] < 25, what="the browser is at rest again")
-
-
-def test_a_dormant_instance_uses_nothing(service: Service, instance: dict[str, Any]) -> None:
-    assert service.post(f"{instance['id']}/dormant").status_code == 200
-    assert service.get(instance["id"])["resources"] == {"cpu_percent": 0, "memory_percent": 0, "disk_percent": 0}
-    cluster = metrics_of(service)["cluster"]
-    assert (cluster["total_instances"], cluster["running_instances"]) == (1, 0)
