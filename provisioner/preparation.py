@@ -45,6 +45,7 @@ from stacks.spec import HOME_PATH, ClusterSpec, NodeSpec
 log = structlog.get_logger(__name__)
 
 WORKERS = 4
+QUICK_WORKERS = 8
 IMAGE_KNOWN_S = 60.0
 """How long an image that was seen on a node is taken to be there."""
 KILL_WAIT_S = 3.0
@@ -76,8 +77,12 @@ class Preparation:
         self._docker = docker
         self._names = Names(cluster.name)
         self._pool = ThreadPoolExecutor(max_workers=WORKERS, thread_name_prefix="machineuse-preparation")
+        # What takes a moment never queues behind gigabytes.
+        self._quick_pool = ThreadPoolExecutor(max_workers=QUICK_WORKERS, thread_name_prefix="machineuse-quick")
         self._lock = threading.Lock()
         self._jobs: dict[Key, Future[None]] = {}
+        self._ahead: dict[str, Future[None]] = {}
+        """What is being made ahead, by instance."""
         self._images: dict[tuple[str, str], float] = {}
         self._patience: dict[str, float] = {}
         """Until when the delete of a killed instance waits for its capture."""
@@ -91,6 +96,8 @@ class Preparation:
             job = self._prepare_image(work.record)
             if job is None:
                 self._start_ahead(work.record)
+        elif self._is_making_ahead(work.record):
+            return False
         elif work.step is Step.SNAPSHOT:
             job = self._prepare_snapshot
         elif work.step is Step.DELETE:
@@ -121,9 +128,35 @@ class Preparation:
     def _start_ahead(self, record: InstanceRecord) -> None:
         """Make volume and container while the CLI starts; the update's resources wait for them, and adopt them."""
         if record.restore_generation is None and not record.repair and record.attempts == 0:
-            self._pool.submit(self._create_body, record)
+            with self._lock:
+                future = self._ahead[record.id] = self._quick_pool.submit(self._create_body, record)
+            future.add_done_callback(lambda done: self._forget_ahead(record.id, done))
 
-    def _create_body(self, record: InstanceRecord) -> None:
+    def _forget_ahead(self, instance_id: str, done: Future[None]) -> None:
+        with self._lock:
+            if self._ahead.get(instance_id) is done:
+                del self._ahead[instance_id]
+        if not done.cancelled() and (error := done.exception()) is not None:
+            log.error("not started ahead", instance=instance_id, error=str(error), exc_info=error)
+        self._changes.work.set()
+
+    def _is_making_ahead(self, record: InstanceRecord) -> bool:
+        """Say whether something is still made for an earlier wish, and worth waiting for.
+
+        A volume that appears after a later step has removed it would be empty, and be taken for the instance's home.
+        """
+        with self._lock:
+            future = self._ahead.get(record.id)
+        return future is not None and not future.cancel() and not future.done() and self._is_patient(record)
+
+    def _is_patient(self, record: InstanceRecord) -> bool:
+        """Say whether a step may wait for what it overtook; a forced delete does for a moment only."""
+        return not record.force or time.monotonic() < self._patience.get(record.id, 0.0)
+
+    def _create_body(self, wished: InstanceRecord) -> None:
+        record = self._ledger.instances.find(wished.id)
+        if record is None or record.generation != wished.generation:
+            return  # overtaken
         spec, node = spec_of(record), self._node_of(record)
         if spec is None:
             return
@@ -174,7 +207,7 @@ class Preparation:
         What is under way for the instance (a snapshot, a graceful stop) ends by it.
         """
         self._patience.setdefault(record.id, time.monotonic() + KILL_WAIT_S)
-        self._pool.submit(self._kill, record)
+        self._quick_pool.submit(self._kill, record)
 
     def _kill(self, record: InstanceRecord) -> None:
         try:
@@ -185,7 +218,8 @@ class Preparation:
 
     def close(self) -> None:
         """Start nothing more; what runs is found again after a restart."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._quick_pool):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _is_capturing(self, record: InstanceRecord) -> bool:
         """Say whether a snapshot of the instance is still being captured, and worth waiting for."""
@@ -193,9 +227,7 @@ class Preparation:
             for key in [key for key in self._jobs if key[0] == record.id and key[1] != record.generation]:
                 if self._jobs[key].done():
                     del self._jobs[key]
-                elif key[2] is Step.SNAPSHOT and (
-                    not record.force or time.monotonic() < self._patience.get(record.id, 0.0)
-                ):
+                elif key[2] is Step.SNAPSHOT and self._is_patient(record):
                     return True
         self._patience.pop(record.id, None)
         return False

@@ -1,0 +1,121 @@
+"""What is done ahead of updates never outlives what was wished."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from provisioner import lifecycle, preparation
+from provisioner.changes import Changes
+from provisioner.converger import Work, plan
+from provisioner.docker_hosts.hosts import DockerHosts
+from provisioner.ledger import Ledger
+from provisioner.ledger.records import InstanceRecord
+from provisioner.preparation import Preparation
+from provisioner.settings import Settings
+from provisioner.snapshots.directory import DirectoryStore
+from provisioner.states import Status
+from stacks.names import Names
+from stacks.spec import ClusterSpec
+from tests.support.records import make_record
+
+NAMES = Names("unit")
+ID = "mu-test"
+
+
+class FakeDocker:
+    """Makes things when it is let."""
+
+    def __init__(self) -> None:
+        self.made: list[str] = []
+        self.begun = threading.Event()
+        self.may_go_on = threading.Event()
+
+    def create_ahead(self, urn: str, **_: Any) -> None:
+        self.begun.set()
+        assert self.may_go_on.wait(10)
+        self.made.append(urn)
+
+
+class World:
+    """A preparation over a real ledger."""
+
+    def __init__(self, path: Path) -> None:
+        self.ledger = Ledger.create(path / "ledger.db")
+        self.docker = FakeDocker()
+        self.preparation = Preparation(
+            self.ledger,
+            cluster=ClusterSpec(name="unit"),
+            hosts=DockerHosts(timeout_s=0.1),
+            store=DirectoryStore(path / "snapshots"),
+            settings=Settings(),
+            changes=Changes(),
+            docker=self.docker,  # type: ignore[arg-type]
+        )
+
+    def add(self) -> InstanceRecord:
+        record = make_record(status=Status.CREATING, applied_generation=0, settled_generation=0)
+        return self.ledger.instances.create(lambda _: (record, "test"))
+
+    @property
+    def work(self) -> Work:
+        work = plan(self.ledger.instances.get(ID), names=NAMES)
+        assert work is not None
+        return work
+
+    def change(self, decide: Callable[[InstanceRecord], Any]) -> None:
+        self.ledger.instances.change(ID, lambda record, _: decide(record))
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    monkeypatch.setattr(preparation, "find_image", lambda *_: object())
+    world = World(tmp_path)
+    yield world
+    world.docker.may_go_on.set()
+    world.preparation.close()
+    world.ledger.close()
+
+
+def until(done: Callable[[], bool]) -> None:
+    give_up_at = time.monotonic() + 10
+    while not done():
+        assert time.monotonic() < give_up_at
+        time.sleep(0.01)
+
+
+def test_a_body_is_made_ahead(world: World) -> None:
+    world.add()
+    world.docker.may_go_on.set()
+    assert world.preparation.prepare(world.work)
+    until(lambda: world.docker.made == [NAMES.volume_urn(ID), NAMES.container_urn(ID)])
+
+
+def test_the_next_step_waits_for_what_is_still_being_made_ahead(world: World) -> None:
+    """Else a fresh, empty volume could appear after the dormancy's delete, and be taken for a restored one."""
+    world.add()
+    assert world.preparation.prepare(world.work)
+    assert world.docker.begun.wait(10)
+    world.change(lambda r: lifecycle.note_created(r, generation=1, restored_by=None, restore_note=None))
+    world.change(lambda r: lifecycle.note_ready(r, generation=1))
+    world.change(lambda r: lifecycle.wish_dormant(r, reason="test"))
+    world.change(lambda r: lifecycle.note_snapshot(r, generation=2, size_bytes=1, keep=1))
+    assert not world.preparation.prepare(world.work)
+    world.docker.may_go_on.set()
+    until(lambda: world.preparation.prepare(world.work))
+    assert len(world.docker.made) == 2
+
+
+def test_nothing_is_made_ahead_for_a_wish_that_was_overtaken(world: World) -> None:
+    world.add()
+    stale = world.work
+    world.change(lambda r: lifecycle.wish_absent(r, force=False))
+    world.docker.may_go_on.set()
+    assert world.preparation.prepare(stale)
+    until(lambda: world.preparation.prepare(world.work))
+    assert world.docker.made == []
