@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from itertools import islice
 from typing import Protocol
 
 import structlog
@@ -24,7 +25,7 @@ import structlog
 from provisioner import lifecycle
 from provisioner.changes import Changes
 from provisioner.engine import Program, UpdateResult
-from provisioner.errors import DockerNotFound, EngineError, MachineuseError, PortTaken, SnapshotFailed
+from provisioner.errors import DockerNotFound, EngineError, MachineuseError, PortTaken, SnapshotFailed, StackLocked
 from provisioner.ledger import Ledger
 from provisioner.ledger.instances import LoadReader, Update
 from provisioner.ledger.records import InstanceRecord, SnapshotState
@@ -34,7 +35,7 @@ from provisioner.settings import Settings
 from provisioner.specs import all_urns, body_urns, specs_of
 from provisioner.states import Wanted
 from stacks.cluster import declare
-from stacks.names import NETWORK_TYPE, Names, if_there, network_name
+from stacks.names import COMPONENT_TYPE, NETWORK_TYPE, Names, if_there, network_name
 from stacks.spec import ClusterSpec
 
 log = structlog.get_logger(__name__)
@@ -124,22 +125,35 @@ class Converger:
         self._names = Names(cluster.name)
         self._doubtful_nodes: set[str] = set()
         """Nodes that may lack what their instances need: their network."""
+        self._suspects: set[str] = set()
+        """Instances of an update that failed as a whole: one of them may be why, so each is tried alone."""
 
     def step(self) -> float | None:
         """Run one update of what is due; return in how many seconds something is due again, None when nothing is."""
         now = time.time()
         planned = [work for record in self._ledger.instances.unsettled() if (work := plan(record, names=self._names))]
-        due = [work for work in planned if work.record.retry_at <= now][:BATCH]
-        if due and not (due := [work for work in due if self._is_prepared(work)]):
+        self._suspects &= {work.record.id for work in planned}
+        due = [work for work in planned if work.record.retry_at <= now]
+        if not due:
+            return max(min(work.record.retry_at for work in planned) - now, 0.0) if planned else None
+        batch = list(islice((work for work in self._set_apart(due) if self._is_prepared(work)), BATCH))
+        if not batch:
             return None
-        if doubtful := self._doubtful_nodes & {work.record.node_id for work in due}:
+        if doubtful := self._doubtful_nodes & {work.record.node_id for work in batch}:
             self._restore_nodes(doubtful)
-        if due:
-            # A repair looks at the real container first, which would slow the others down: those go ahead.
-            plain = [work for work in due if not work.record.repair]
-            self._run(plain or due, refresh=not plain)
-            return 0.0
-        return max(min(work.record.retry_at for work in planned) - now, 0.0) if planned else None
+        alone = [work for work in batch if work.record.id in self._suspects]
+        together = [work for work in batch if work.record.id not in self._suspects]
+        # A repair looks at the real container first, which would slow the others down: those go ahead.
+        plain, repairs = _split(together, lambda work: not work.record.repair)
+        for works in (plain, repairs, alone):
+            if works:
+                self._run(works, refresh=works[0].record.repair)
+        return 0.0
+
+    def _set_apart(self, due: Sequence[Work]) -> Sequence[Work]:
+        """Leave out all suspects but one: each has an update of its own, and nobody else waits for all of them."""
+        others, suspects = _split(due, lambda work: work.record.id not in self._suspects)
+        return [*sorted(suspects, key=lambda work: work.record.attempts)[:1], *others]
 
     def _restore_nodes(self, node_ids: set[str]) -> None:
         """Make these nodes' networks: the node was away when the cluster was applied, or somebody removed them."""
@@ -148,9 +162,13 @@ class Converger:
             await declare(self._cluster, ledger_id=self._ledger.id, instances=(), claim=False)
 
         networks = [self._names.urn(NETWORK_TYPE, network_name(node_id)) for node_id in sorted(node_ids)]
-        result = self._engine.update(program, targets=networks, refresh=True)
-        if result.errors:  # a refresh can't be of what the stack has not got to know yet
-            result = self._engine.update(program, targets=networks)
+        try:
+            result = self._engine.update(program, targets=networks, refresh=True)
+            if result.errors:  # a refresh can't be of what the stack has not got to know yet
+                result = self._engine.update(program, targets=networks)
+        except EngineError as error:
+            log.error("nodes not looked at", nodes=sorted(node_ids), error=error.message, detail=error.detail)
+            return
         if not result.errors:
             self._doubtful_nodes -= node_ids
         log.warning("nodes looked at", nodes=sorted(node_ids), changed=result.changed, errors=result.errors or None)
@@ -160,6 +178,10 @@ class Converger:
             return self._prepare(work)
         except MachineuseError as error:
             self._record_failure(work, error)
+            return False
+        except Exception as error:  # a bug that one instance meets must not stop the others
+            log.error("preparation crashed", instance=work.record.id, error=str(error), exc_info=error)
+            self._record_failure(work, MachineuseError("An internal error kept it from being done."))
             return False
 
     def _run(self, batch: Sequence[Work], *, refresh: bool) -> None:
@@ -173,9 +195,12 @@ class Converger:
             result = self._engine.update(program, targets=targets, refresh=refresh)
         except EngineError as error:
             log.error("update failed", error=error.message, detail=error.detail, instances=len(batch))
+            if len(batch) > 1 and not isinstance(error, StackLocked):
+                self._suspects |= {work.record.id for work in batch}
             for work in batch:
                 self._retry(work, error)
             return
+        self._suspects -= {work.record.id for work in batch}
         log.info(
             "update done",
             steps=_count(batch),
@@ -186,7 +211,7 @@ class Converger:
             self._record(work, result)
 
     def _record(self, work: Work, result: UpdateResult) -> None:
-        error = _find_error(work, result, names=self._names)
+        error = find_error(work, result, names=self._names)
         if error is not None:
             log.warning(
                 "step failed",
@@ -266,7 +291,7 @@ class Converger:
             self._change(record, lambda r: lifecycle.note_failed(r, generation=generation, error=error))
 
     def _retry(self, work: Work, error: MachineuseError) -> None:
-        delay_s = min(2.0**work.record.attempts, MAX_RETRY_S)
+        delay_s = min(2.0 ** min(work.record.attempts, 10), MAX_RETRY_S)
         self._change(
             work.record,
             lambda r: lifecycle.note_retry(r, generation=work.record.generation, error=error, delay_s=delay_s),
@@ -298,7 +323,7 @@ class Converger:
         return now
 
 
-def _find_error(work: Work, result: UpdateResult, *, names: Names) -> MachineuseError | None:
+def find_error(work: Work, result: UpdateResult, *, names: Names) -> MachineuseError | None:
     """Return what kept this instance's step from being done; None when it is done."""
     mine = set(all_urns(work.record, names=names))
     said = [text for urn, text in result.errors.items() if urn in mine]
@@ -310,7 +335,13 @@ def _find_error(work: Work, result: UpdateResult, *, names: Names) -> Machineuse
         done = work.targets[0] in result.outputs
     else:
         done = not any(urn == "" for urn in result.errors)
-    return None if done else error_of(next(iter(result.errors.values()), "The engine did not get to it."))
+    common = (text for urn, text in result.errors.items() if COMPONENT_TYPE not in urn)  # of a node, or of the whole
+    return None if done else error_of(next(common, "The engine did not get to it."))
+
+
+def _split(works: Sequence[Work], first: Callable[[Work], bool]) -> tuple[list[Work], list[Work]]:
+    """Return those for which `first` is true, and the others."""
+    return [work for work in works if first(work)], [work for work in works if not first(work)]
 
 
 def _count(batch: Sequence[Work]) -> Mapping[str, int]:

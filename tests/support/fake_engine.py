@@ -54,6 +54,8 @@ class FakeEngine:
         """Part of a URN → what the plugin says of its create."""
         self.fail_delete: dict[str, str] = {}
         self.down: EngineError | None = None
+        self.poison: str | None = None
+        """An instance with which every update fails as a whole."""
         self.die: str | None = None
         """`before` the update, `during` it (all is made, the stack is not saved) or `after` it."""
         self.before_delete: Callable[[str], None] = lambda _: None
@@ -67,6 +69,8 @@ class FakeEngine:
             raise self.down
         if self.die == "before":
             raise Died
+        if self.poison is not None and any(self.poison in target for target in targets):
+            raise EngineError(f"no update with {self.poison}")
         specs = _run(program)
         declared = declared_urns(specs, names=self._names)
         urns = {target.replace("Instanc*", "Instance"): "*" in target for target in targets}

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from provisioner import lifecycle
+from provisioner import converger, lifecycle
+from provisioner.converger import find_error, plan
+from provisioner.engine import UpdateResult
 from provisioner.errors import DockerError, EngineError, SnapshotFailed
 from provisioner.ledger import Ledger
 from provisioner.ledger.instances import Update
@@ -204,3 +206,80 @@ def test_what_the_stack_never_got_to_know_of_a_deleted_instance_is_swept(world: 
     world.settle()
     assert world.engine.made == {}
     assert world.ledger.instances.all() == []
+
+
+def test_what_failed_a_thousand_times_is_tried_again_all_the_same(world: World) -> None:
+    world.wish_step("create")
+    world.settle()
+    world.wish_step("delete")
+    world.wish(lambda _: Update(values={"attempts": 5000}))
+    world.engine.fail_delete = {VOLUME: "busy [docker_error]"}
+    world.converger.step()
+    assert world.record.attempts == 5001
+    world.engine.fail_delete = {}
+    world.settle()
+    assert world.ledger.instances.all() == []
+
+
+def test_more_than_a_batch_in_preparation_holds_up_nobody(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(converger, "BATCH", 2)
+    for name in ("mu-s1", "mu-s2", "mu-s3", "mu-z"):
+        world.add(id=name)
+    world.preparing = {"mu-s1", "mu-s2", "mu-s3"}
+    world.converger.step()
+    assert world.ledger.instances.get("mu-z").status is Status.RUNNING
+
+
+def test_a_preparation_that_crashes_harms_nobody_else(world: World) -> None:
+    for name in ("mu-bad", "mu-good"):
+        world.add(id=name)
+    world.unprepared = {"mu-bad": KeyError("a bug")}
+    world.settle()
+    assert world.ledger.instances.get("mu-good").status is Status.RUNNING
+    assert world.ledger.instances.get("mu-bad").status is Status.FAILED
+
+
+def test_one_that_fails_whole_updates_is_set_apart_from_the_others(world: World) -> None:
+    for name in ("mu-bad", "mu-x", "mu-y"):
+        world.add(id=name)
+    world.engine.poison = "mu-bad"
+    for _ in range(4):
+        for record in world.ledger.instances.unsettled():
+            world.wish(lambda _: Update(values={"retry_at": 0.0}), record.id)
+        world.converger.step()
+    assert world.ledger.instances.get("mu-x").status is Status.RUNNING
+    assert world.ledger.instances.get("mu-y").status is Status.RUNNING
+    assert world.ledger.instances.get("mu-bad").status is Status.CREATING
+    world.engine.poison = None
+    world.settle()
+    assert world.ledger.instances.get("mu-bad").status is Status.RUNNING
+
+
+def test_repairs_are_not_held_up_by_a_stream_of_other_work(world: World) -> None:
+    world.wish_step("create")
+    world.settle()
+    world.engine.made.pop(CONTAINER)
+    world.wish(lambda r: lifecycle.wish_repaired(r, reason="gone"))
+    world.add(id="mu-new")
+    world.converger.step()
+    assert world.record.status is Status.RUNNING
+    assert world.engine.made[CONTAINER]
+
+
+def test_an_engine_that_is_down_does_not_stop_the_converger_at_a_node_in_doubt(world: World) -> None:
+    world.engine.fail = {CONTAINER: "There is no network. [docker_not_found]"}
+    world.wish_step("create")
+    world.converger.step()
+    world.wish(lambda _: Update(values={"retry_at": 0.0}))
+    world.engine.down = EngineError("down")
+    world.converger.step()
+    assert world.record.retry_at > 0
+
+
+def test_nobody_is_told_of_another_instance_s_error(world: World) -> None:
+    work = plan(world.add(), names=NAMES)
+    assert work is not None
+    other = NAMES.container_urn("mu-other")
+    error = find_error(work, UpdateResult(errors={other: "Its secret is out. [docker_error]"}), names=NAMES)
+    assert error is not None
+    assert error.message == "The engine did not get to it."
