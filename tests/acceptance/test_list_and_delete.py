@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -36,9 +36,10 @@ def service(start_service: Callable[..., Service]) -> Service:
 def listed(service: Service, shell: str) -> list[dict[str, Any]]:
     """Give three instances, the last of them dormant, in the order in which they were created."""
     made = [service.create(image=shell, config=TINY, wait_s=0) for _ in range(3)]
-    running = [service.wait_for(instance["id"], "running") for instance in made]
+    for instance in made:
+        service.wait_for(instance["id"], "running")
     assert service.post(f"{made[2]['id']}/dormant").json()["status"] == "dormant"
-    return running
+    return made
 
 
 def page(service: Service, **query: object) -> dict[str, Any]:
@@ -56,15 +57,30 @@ def ids(found: dict[str, Any] | list[dict[str, Any]]) -> list[str]:
 
 
 def assert_nothing_left(service: Service, instance_id: str) -> None:
-    """Fail unless neither API, Docker, stack nor snapshot store has anything of the instance."""
+    """Fail unless neither API, Docker nor snapshot store has anything of the instance; the last test asks the stack."""
     assert service.http.get(f"/v2/instances/{instance_id}").status_code == 404
     mine = {"label": f"machineuse.instance={instance_id}"}
     assert not service.docker.containers.list(all=True, filters=mine, ignore_removed=True)
     assert not service.docker.volumes.list(filters=mine)
     assert not service.docker.images.list(filters=mine)
     assert not [volume.name for volume in service.docker.volumes.list() if instance_id in volume.name]
-    assert not [urn for urn in service.urns() if instance_id in urn]
     assert not list(service.settings.snapshots_dir.rglob(f"*{instance_id}*"))
+
+
+def create_two(service: Service, **body: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Create two instances at once: one to be deleted, one by force."""
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: service.create(**body), range(2))
+    return first, second
+
+
+def delete_two(service: Service, two: Sequence[dict[str, Any]]) -> None:
+    """Delete the first, and the second by force; fail unless nothing is left of either."""
+    with ThreadPoolExecutor(2) as pool:
+        answers = pool.map(lambda one, force: service.delete(one["id"], force=force), two, (False, True))
+    assert [answer.status_code for answer in answers] == [200, 200]
+    for instance in two:
+        assert_nothing_left(service, instance["id"])
 
 
 def how_it_died(service: Service, instance: dict[str, Any], *, since: float) -> str:
@@ -151,82 +167,75 @@ def test_an_unknown_instance_is_404(service: Service, method: str, path: str) ->
     assert "mu-nowhere" in answer.json()["detail"]
 
 
-# ---- delete
+# ---- delete: gracefully, and by force
 
 
-def test_a_delete_stops_the_browser_gracefully_and_leaves_nothing(service: Service) -> None:
+def test_a_delete_stops_the_browser_gracefully_and_a_forced_one_kills_it(service: Service) -> None:
     began = time.time()
-    instance = service.create(config=SMALL)
+    two = create_two(service, config=SMALL)
+    delete_two(service, two)
+    assert [how_it_died(service, instance, since=began) for instance in two] == ["0", KILLED]
+
+
+def test_what_is_deleted_is_gone(service: Service, shell: str) -> None:
+    instance = service.create(image=shell, config=TINY)
     answer = service.delete(instance["id"])
     assert answer.status_code == 200
     assert instance["id"] in answer.json()["message"]
-    assert how_it_died(service, instance, since=began) == "0"
-    assert_nothing_left(service, instance["id"])
     assert service.delete(instance["id"]).status_code == 404
+    assert service.post(f"{instance['id']}/dormant").status_code == 404
+    assert instance["id"] not in ids(page(service))
 
 
-def test_a_forced_delete_kills_the_browser(service: Service) -> None:
-    began = time.time()
-    instance = service.create(config=SMALL)
-    assert service.delete(instance["id"], force=True).status_code == 200
-    assert how_it_died(service, instance, since=began) == KILLED
-    assert_nothing_left(service, instance["id"])
+def test_a_dormant_instance_is_deleted_with_its_archive_and_its_copy(service: Service, shell: str) -> None:
+    two = create_two(service, image=shell, config=TINY)
+    with ThreadPoolExecutor(2) as pool:
+        answers = pool.map(lambda instance: service.post(f"{instance['id']}/dormant"), two)
+    assert [answer.json()["status"] for answer in answers] == ["dormant", "dormant"]
+    for instance in two:
+        assert list((service.settings.snapshots_dir / instance["id"]).rglob("manifest.json"))
+        assert any(instance["id"] in volume and "-copy-" in volume for volume in service.volumes())
+    delete_two(service, two)
 
 
-@pytest.mark.parametrize("force", [False, True])
-def test_a_dormant_instance_is_deleted_with_its_archive_and_its_copy(service: Service, shell: str, force: bool) -> None:
-    instance = service.create(image=shell, config=TINY)
-    assert service.post(f"{instance['id']}/dormant").json()["status"] == "dormant"
-    archives = service.settings.snapshots_dir / instance["id"]
-    assert list(archives.rglob("manifest.json"))
-    assert any(instance["id"] in volume and "-copy-" in volume for volume in service.volumes())
-    assert service.delete(instance["id"], force=force).status_code == 200
-    assert not archives.exists()
-    assert_nothing_left(service, instance["id"])
+def test_an_instance_that_is_being_created_can_be_deleted(service: Service, shell: str) -> None:
+    two = create_two(service, image=shell, config=TINY, wait_s=0)
+    assert [instance["status"] for instance in two] == ["creating", "creating"]
+    delete_two(service, two)
 
 
-@pytest.mark.parametrize("force", [False, True])
-def test_an_instance_that_is_being_created_can_be_deleted(service: Service, shell: str, force: bool) -> None:
-    instance = service.create(image=shell, config=TINY, wait_s=0)
-    assert instance["status"] == "creating"
-    assert service.delete(instance["id"], force=force).status_code == 200
-    assert_nothing_left(service, instance["id"])
-
-
-@pytest.mark.parametrize("force", [False, True])
-def test_a_failed_instance_can_be_deleted(service: Service, force: bool) -> None:
+def test_a_failed_instance_can_be_deleted(service: Service) -> None:
     with shell_image(service.docker, command=["/no/such/program"]) as image:
-        instance = service.create(image=image, config=TINY)
-        assert instance["status"] == "failed"
-        assert "/no/such/program" in json.dumps(instance["error"])
-        assert service.delete(instance["id"], force=force).status_code == 200
-        assert_nothing_left(service, instance["id"])
+        two = create_two(service, image=image, config=TINY)
+        assert [instance["status"] for instance in two] == ["failed", "failed"]
+        assert "/no/such/program" in two[0]["error"]["message"]
+        delete_two(service, two)
 
 
-@pytest.mark.parametrize("force", [False, True])
-def test_an_instance_on_its_way_to_sleep_can_be_deleted(service: Service, force: bool) -> None:
-    instance = service.create(config=SMALL)
-    assert service.post(f"{instance['id']}/dormant", wait_s=0).json()["operation"] == "making_dormant"
-    assert service.delete(instance["id"], force=force).status_code == 200
-    assert_nothing_left(service, instance["id"])
+def test_an_instance_on_its_way_to_sleep_can_be_deleted(service: Service) -> None:
+    two = create_two(service, config=SMALL)
+    for instance in two:
+        assert service.post(f"{instance['id']}/dormant", wait_s=0).json()["operation"] == "making_dormant"
+    delete_two(service, two)
 
 
-def test_a_reviving_instance_can_be_deleted_by_force(service: Service, shell: str) -> None:
-    instance = service.create(image=shell, config=TINY)
-    service.post(f"{instance['id']}/dormant")
-    assert service.post(f"{instance['id']}/revive", wait_s=0).json()["operation"] == "reviving"
-    assert service.delete(instance["id"], force=True).status_code == 200
-    assert_nothing_left(service, instance["id"])
+def test_a_reviving_instance_can_be_deleted(service: Service, shell: str) -> None:
+    two = create_two(service, image=shell, config=TINY)
+    for instance in two:
+        service.post(f"{instance['id']}/dormant", wait_s=0)
+    for instance in two:
+        service.wait_for(instance["id"], "dormant")
+        assert service.post(f"{instance['id']}/revive", wait_s=0).json()["operation"] == "reviving"
+    delete_two(service, two)
 
 
-def test_many_deletes_at_once_all_answer_and_leave_nothing(service: Service, shell: str) -> None:
-    made = [service.create(image=shell, config=TINY, wait_s=0)["id"] for _ in range(3)]
-    with ThreadPoolExecutor(6) as pool:
-        answers = list(pool.map(lambda one: service.delete(one, force=True).status_code, made * 2))
+def test_many_deletes_of_the_same_all_answer(service: Service, shell: str) -> None:
+    instance = service.create(image=shell, config=TINY, wait_s=0)
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: service.delete(instance["id"]).status_code, range(4)))
+    assert 200 in answers
     assert set(answers) <= {200, 404}
-    assert answers.count(200) >= 3
-    for instance_id in made:
-        assert_nothing_left(service, instance_id)
+    assert_nothing_left(service, instance["id"])
 
 
 def test_wait_0_answers_at_once_and_the_delete_goes_on(service: Service, shell: str) -> None:
@@ -236,3 +245,11 @@ def test_wait_0_answers_at_once_and_the_delete_goes_on(service: Service, shell: 
     assert "is being deleted" in answer.json()["message"]
     assert service.delete(instance["id"]).status_code in (200, 404)
     assert_nothing_left(service, instance["id"])
+
+
+def test_the_stack_has_the_instances_that_are_listed_and_no_others(
+    service: Service, listed: list[dict[str, Any]]
+) -> None:
+    assert ids(page(service)) == ids(listed)
+    named = {found for urn in service.urns() for found in re.findall(r"mu-\w{8}", urn)}
+    assert named == set(ids(listed))

@@ -29,6 +29,12 @@ def playwright() -> Iterator[Playwright]:
 
 
 @pytest.fixture(scope="module")
+def service(start_service: Callable[..., Service]) -> Service:
+    """Give a service that soon notices who uses its browsers."""
+    return start_service(idle_check_s=0.3)
+
+
+@pytest.fixture(scope="module")
 def instance(service: Service) -> dict[str, Any]:
     made = service.create(config={"memory_gb": 1, "cpu_cores": 2})
     assert made["status"] == "running", made
@@ -55,7 +61,7 @@ def persons_browser(playwright: Playwright) -> Iterator[Browser]:
     browser.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def view(persons_browser: Browser, instance: dict[str, Any], remote: Page) -> Iterator[Page]:
     """Give the live view, connected, as a person sees it, of the remote page."""
     assert remote.title() == "remote"
@@ -136,10 +142,13 @@ def test_two_people_see_the_same_screen(view: Page, persons_browser: Browser, in
 
 def test_looking_counts_as_activity(service: Service, instance: dict[str, Any], view: Page) -> None:
     before = service.get(instance["id"])["last_active_at"]
-    view.mouse.move(300, 300)
-    view.mouse.down()
-    view.mouse.up()
-    until(lambda: service.get(instance["id"])["last_active_at"] > before, timeout_s=20)
+
+    def seen() -> bool:
+        view.mouse.click(300, 300)
+        later: bool = service.get(instance["id"])["last_active_at"] > before
+        return later
+
+    until(seen)
 
 
 def test_the_view_comes_back_by_itself_after_the_container_restarts(

@@ -97,7 +97,7 @@ def test_no_token_is_ever_logged(locked: Service) -> None:
 # ---- without a token
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
 def test_without_a_token_the_service_refuses_to_be_reached_from_elsewhere(service: Service, host: str) -> None:
     began = time.monotonic()
     done = service.machineuse("serve", "--host", host, "--port", "0")
