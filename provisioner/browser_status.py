@@ -8,7 +8,7 @@ tells at least whether the browser answers. All of it is untrusted: answers are 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -50,6 +50,10 @@ def agent_url(node: NodeSpec, *, debug_port: int) -> str:
     """Return where the service reaches a debug port of that node: a local engine's where it binds it."""
     host = _EVERY_ADDRESS.get(node.bind_ip, node.bind_ip) if node.host.startswith("unix://") else node.address
     return f"http://[{host}]:{debug_port}" if ":" in host else f"http://{host}:{debug_port}"
+
+
+Ask = Callable[[Mapping[str, str]], Mapping[str, BrowserStatus]]
+"""Asks agents, by key and URL, and returns the answers of those that answered."""
 
 
 class BrowserStatusClient:

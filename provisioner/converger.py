@@ -279,22 +279,23 @@ class Converger:
             return
         if isinstance(error, DockerNotFound) and self._cluster.node(record.node_id) is not None:
             self._doubtful_nodes.add(record.node_id)
-        if isinstance(error, PortTaken) and record.attempts + 1 < self._settings.create_attempts:
+        last = record.attempts + 1 >= self._settings.create_attempts
+        if isinstance(error, PortTaken) and (record.repair or not last):
             self._ledger.instances.change(
                 record.id, lambda r, loads: self._other_ports(r, loads=loads, generation=generation, error=error)
             )
-        elif not isinstance(error, PERMANENT) and record.attempts + 1 < self._settings.create_attempts:
-            self._retry(work, error)
-        elif record.restore_generation is not None and not record.repair:
+        elif record.repair or not (last or isinstance(error, PERMANENT)):
+            self._retry(work, error)  # a repair is of somebody's profile: it is never given up
+        elif record.restore_generation is not None:
             self._change(record, lambda r: lifecycle.note_revive_failed(r, generation=generation, error=error))
         else:
             self._change(record, lambda r: lifecycle.note_failed(r, generation=generation, error=error))
 
     def _retry(self, work: Work, error: MachineuseError) -> None:
-        delay_s = min(2.0 ** min(work.record.attempts, 10), MAX_RETRY_S)
+        record = work.record
+        delay_s = _delay_s(record.attempts)
         self._change(
-            work.record,
-            lambda r: lifecycle.note_retry(r, generation=work.record.generation, error=error, delay_s=delay_s),
+            record, lambda r: lifecycle.note_retry(r, generation=record.generation, error=error, delay_s=delay_s)
         )
 
     def _other_ports(
@@ -306,10 +307,17 @@ class Converger:
             return None
         taken = next((load.ports for load in loads() if load.node_id == node.id), frozenset())
         free = [p for p in range(node.ports.last, node.ports.first, -1) if p not in taken][:2]
+        # The first tries are made at once; a repair, which is never given up, then takes its time.
+        delay_s = _delay_s(record.attempts) if record.attempts >= self._settings.create_attempts else 0.0
         if len(free) < 2:
-            return lifecycle.note_failed(record, generation=generation, error=error)
+            return lifecycle.note_retry(record, generation=generation, error=error, delay_s=_delay_s(record.attempts))
         return Update(
-            values={"debug_port": free[0], "stream_port": free[1], "attempts": record.attempts + 1},
+            values={
+                "debug_port": free[0],
+                "stream_port": free[1],
+                "attempts": record.attempts + 1,
+                "retry_at": time.time() + delay_s,
+            },
             release_ports=True,
             take_ports=tuple(free),
             event=("ports", f"{error.message} It gets ports {free[0]} and {free[1]} instead."),
@@ -337,6 +345,10 @@ def find_error(work: Work, result: UpdateResult, *, names: Names) -> MachineuseE
         done = not any(urn == "" for urn in result.errors)
     common = (text for urn, text in result.errors.items() if COMPONENT_TYPE not in urn)  # of a node, or of the whole
     return None if done else error_of(next(common, "The engine did not get to it."))
+
+
+def _delay_s(attempts: int) -> float:
+    return min(2.0 ** min(attempts, 10), MAX_RETRY_S)
 
 
 def _split(works: Sequence[Work], first: Callable[[Work], bool]) -> tuple[list[Work], list[Work]]:

@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import structlog
 
-from provisioner.browser_status import ask_all
+from provisioner.browser_status import Ask, ask_all
 from provisioner.docker_hosts.disk import measure_volumes
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.docker_hosts.inventory import list_containers
 from provisioner.errors import DockerError
-from provisioner.idle import Ask, up_browsers
+from provisioner.idle import up_browsers
 from provisioner.ledger import Ledger
 from provisioner.ledger.instances import LoadReader, Update
 from provisioner.ledger.records import InstanceRecord, NodeStatus

@@ -8,12 +8,11 @@ what the agent says now comes first.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
 
 import structlog
 
 from provisioner import lifecycle
-from provisioner.browser_status import BrowserStatus, agent_url, ask_all
+from provisioner.browser_status import Ask, agent_url, ask_all
 from provisioner.changes import Changes
 from provisioner.errors import Conflict, NotFound
 from provisioner.ledger import Ledger
@@ -25,9 +24,6 @@ from provisioner.states import UP, Status
 from stacks.spec import ClusterSpec
 
 log = structlog.get_logger(__name__)
-
-Ask = Callable[[Mapping[str, str]], Mapping[str, BrowserStatus]]
-"""Asks agents, by key and URL, and returns the answers of those that answered."""
 
 
 def up_browsers(ledger: Ledger, *, cluster: ClusterSpec) -> tuple[dict[str, InstanceRecord], dict[str, str]]:

@@ -12,10 +12,12 @@ from typing import Any
 from provisioner.errors import Conflict, MachineuseError
 from provisioner.ledger.instances import Update
 from provisioner.ledger.records import InstanceRecord, SnapshotRecord, SnapshotState
-from provisioner.states import Event, Status, Wanted, next_status
+from provisioner.states import UP, Event, Status, Wanted, next_status
 
 DELETED = "deleted"
 """The kind of the last event of an instance that was deleted."""
+
+_FORGET_ERROR: dict[str, Any] = {"error_code": None, "error_message": None, "error_generation": None}
 
 # ---- wishes
 
@@ -31,7 +33,7 @@ def wish_dormant(record: InstanceRecord, *, reason: str) -> Update | None:
             f"Instance {record.id} is {record.status.value}: it can be made dormant once it runs.",
             resolution="Wait until its status is running.",
         )
-    if record.status not in (Status.RUNNING, Status.IDLE):
+    if record.status not in UP:
         raise Conflict(
             f"Instance {record.id} is {record.status.value}, and only a running or idle one can be made dormant."
         )
@@ -102,7 +104,7 @@ def wish_repaired(record: InstanceRecord, *, reason: str) -> Update | None:
     """Want a lost container made again (its volume is kept); None when something is under way anyway."""
     if record.wanted is not Wanted.RUNNING or record.settled_generation < record.generation:
         return None
-    if record.status not in (Status.RUNNING, Status.IDLE):
+    if record.status not in UP and not record.repair:
         return None
     return Update(
         values=_new_wish(record, wanted=Wanted.RUNNING, event=Event.LOST) | {"repair": True},
@@ -111,16 +113,17 @@ def wish_repaired(record: InstanceRecord, *, reason: str) -> Update | None:
 
 
 def _new_wish(record: InstanceRecord, *, wanted: Wanted, event: Event) -> dict[str, Any]:
-    return {
-        "wanted": wanted,
-        "generation": record.generation + 1,
-        "attempts": 0,
-        "retry_at": 0.0,
-        "repair": False,
-        "error_code": None,
-        "error_message": None,
-        "error_generation": None,
-    } | _become(record, event)
+    return (
+        {
+            "wanted": wanted,
+            "generation": record.generation + 1,
+            "attempts": 0,
+            "retry_at": 0.0,
+            "repair": False,
+        }
+        | _FORGET_ERROR
+        | _become(record, event)
+    )
 
 
 def _become(record: InstanceRecord, event: Event) -> dict[str, Any]:
@@ -159,6 +162,7 @@ def note_ready(record: InstanceRecord, *, generation: int) -> Update | None:
         return None
     return Update(
         values={"settled_generation": generation, "repair": False, "attempts": 0, "last_active_at": time.time()}
+        | (_FORGET_ERROR if record.status is Status.FAILED else {})
         | _become(record, Event.READY),
         event=("ready", "it can be used"),
     )
@@ -312,7 +316,7 @@ def note_gone(_record: InstanceRecord) -> Update:
 
 def observe_activity(record: InstanceRecord, *, last_active_at: float, idle_after_s: float) -> Update | None:
     """Set idle or running by when it was last used; None when nothing changes worth a write."""
-    if record.status not in (Status.RUNNING, Status.IDLE) or record.settled_generation < record.generation:
+    if record.status not in UP or record.settled_generation < record.generation:
         return None
     last = max(last_active_at, record.last_active_at)
     quiet = time.time() - last >= idle_after_s

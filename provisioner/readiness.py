@@ -3,6 +3,7 @@
 The converger makes volume and container and hands the instance over with `watch`. From then on the instance is ready
 when its browser answers, or, without a browser, when its container has stayed up for a moment. It is given up when its
 container keeps ending, or when `ready_timeout_s` has passed; time in which its node does not answer is not counted.
+One that was given up and answers later, because its machine was slow or its browser was mended, is taken back.
 
 Nothing here survives a crash, nor has to: `step` finds every instance in the ledger that is waited for.
 """
@@ -22,7 +23,7 @@ from typing import TypeVar
 import structlog
 
 from provisioner import lifecycle
-from provisioner.browser_status import BrowserStatusClient, agent_url
+from provisioner.browser_status import Ask, BrowserStatusClient, agent_url, ask_all
 from provisioner.changes import Changes
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.docker_hosts.inventory import ContainerState, describe_container, read_last_log
@@ -47,6 +48,9 @@ GRACE_S = 0.6
 """How long a container without a browser must stay up."""
 MOST_RESTARTS = 3
 """A container whose command ended this often will not come up."""
+
+REVISIT_EVERY_STEPS = 6
+"""How often failed instances are looked at: whether they work after all."""
 
 T = TypeVar("T")
 
@@ -93,14 +97,25 @@ class Readiness:
     """Waits for many instances at once, in one thread."""
 
     def __init__(
-        self, ledger: Ledger, *, cluster: ClusterSpec, hosts: DockerHosts, settings: Settings, changes: Changes
+        self,
+        ledger: Ledger,
+        *,
+        cluster: ClusterSpec,
+        hosts: DockerHosts,
+        settings: Settings,
+        changes: Changes,
+        ask: Ask = ask_all,
     ) -> None:
         self._ledger = ledger
+        self._ask = ask
         self._cluster = cluster
         self._hosts = hosts
         self._settings = settings
         self._changes = changes
         self._names = Names(cluster.name)
+        self._steps = 0
+        self._answering: dict[str, int] = {}
+        """The failed instances whose browser answered at the last look, and their container's restarts by then."""
         self._watches: dict[str, Watch] = {}
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -137,6 +152,45 @@ class Readiness:
         """Watch every instance of the ledger that is waited for and not watched yet."""
         for record in self._ledger.instances.unsettled():
             self.watch(record)
+        self._steps += 1
+        if self._steps % REVISIT_EVERY_STEPS == 0:
+            self.revisit_failed()
+
+    def revisit_failed(self) -> None:
+        """Take back the failed instances whose browser answers after all, at two looks, without a restart between."""
+        urls: dict[str, str] = {}
+        records = {record.id: record for record in self._ledger.instances.failed()}
+        for record in records.values():
+            node = self._cluster.node(record.node_id)
+            if node is not None and record.wanted is Wanted.RUNNING and record.debug_port is not None:
+                urls[record.id] = agent_url(node, debug_port=record.debug_port)
+        before, self._answering = self._answering, {}
+        for instance_id, status in self._ask(urls).items():
+            restarts = self._count_restarts(records[instance_id]) if status.ready else None
+            if restarts is None:
+                continue
+            self._answering[instance_id] = restarts
+            if before.get(instance_id) == restarts:
+                self._take_back(records[instance_id])
+
+    def _count_restarts(self, record: InstanceRecord) -> int | None:
+        """Return how often its container was restarted; None when it does not run: its port is somebody else's then."""
+        node = self._cluster.node(record.node_id)
+        try:
+            name = self._names.docker_container(record.id)
+            state = describe_container(self._hosts.get(node.host), name=name) if node is not None else None
+        except DockerError:
+            return None
+        return state.restart_count if state is not None and state.running else None
+
+    def _take_back(self, record: InstanceRecord) -> None:
+        generation = record.generation
+        try:
+            self._ledger.instances.change(record.id, lambda r, _: lifecycle.note_ready(r, generation=generation))
+        except NotFound:
+            return  # deleted meanwhile
+        log.info("ready after all", instance=record.id)
+        self._changes.notify(record.id)
 
     def watch(self, record: InstanceRecord) -> None:
         """Wait for this instance from now on; safe to call from any thread, and more than once."""
@@ -221,7 +275,7 @@ class Readiness:
         outcome, reason = judge(watch, state, now=time.monotonic())
         if outcome is Outcome.READY:
             await self._ready(watch)
-        elif outcome is Outcome.GONE and watch.record.status in UP:
+        elif outcome is Outcome.GONE and (watch.record.status in UP or watch.record.repair):
             await self._lost(watch, reason=reason)
         elif outcome is not Outcome.WAIT:
             await self._failed(watch, reason=reason)

@@ -137,6 +137,11 @@ class Instances:
         with self._database.read() as connection:
             return _read(connection, [table.c.settled_generation < table.c.generation])
 
+    def failed(self) -> list[InstanceRecord]:
+        """Return the instances that have failed, oldest first."""
+        with self._database.read() as connection:
+            return _read(connection, [tables.instances.c.status == Status.FAILED.value])
+
     def counts(self) -> dict[Status, int]:
         """Return how many instances are in each status."""
         with self._database.read() as connection:

@@ -283,3 +283,21 @@ def test_nobody_is_told_of_another_instance_s_error(world: World) -> None:
     error = find_error(work, UpdateResult(errors={other: "Its secret is out. [docker_error]"}), names=NAMES)
     assert error is not None
     assert error.message == "The engine did not get to it."
+
+
+@pytest.mark.parametrize("code", ["docker_error", "port_taken", "invalid_request"])
+def test_a_repair_is_never_given_up(world: World, code: str) -> None:
+    """Its instance has somebody's profile, and a failed one can only be deleted."""
+    world.wish_step("create")
+    world.settle()
+    world.engine.made.pop(CONTAINER)
+    world.wish(lambda r: lifecycle.wish_repaired(r, reason="gone"))
+    world.engine.fail = {CONTAINER: f"Not now. [{code}]"}
+    for _ in range(5):
+        world.wish(lambda _: Update(values={"retry_at": 0.0}))
+        world.converger.step()
+    assert world.record.status is Status.CREATING
+    assert world.record.attempts == 5
+    world.engine.fail = {}
+    world.settle()
+    assert world.record.status is Status.RUNNING

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from provisioner import readiness
+from provisioner.browser_status import BrowserStatus
+from provisioner.changes import Changes
+from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.docker_hosts.inventory import ContainerState
-from provisioner.readiness import GRACE_S, Outcome, Watch, is_awaited, judge
+from provisioner.ledger import Ledger
+from provisioner.readiness import GRACE_S, Outcome, Readiness, Watch, is_awaited, judge
+from provisioner.settings import Settings
 from provisioner.states import Status, Wanted
-from stacks.spec import NodeSpec
+from stacks.spec import ClusterSpec, NodeSpec
 from tests.support.records import make_record
 
 RUNNING = ContainerState(state="running", exit_code=0, oom_killed=False, restart_count=0, error="")
@@ -83,3 +91,48 @@ def test_a_missing_or_stopped_container_is_believed_at_the_second_look(
     outcome, reason = judge(watch, state, now=104.0)
     assert outcome is Outcome.GONE
     assert words in reason
+
+
+class Revisited:
+    """A failed instance, and what is seen of it."""
+
+    def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ledger = Ledger.create(path / "ledger.db")
+        record = make_record(status=Status.FAILED, error_code="not_ready", error_message="It was slow.")
+        self.ledger.instances.create(lambda _: (record, "test"))
+        self.container: ContainerState | None = RUNNING
+        monkeypatch.setattr(readiness, "describe_container", lambda *_, **__: self.container)
+        self.readiness = Readiness(
+            self.ledger,
+            cluster=ClusterSpec(name="unit"),
+            hosts=DockerHosts(),
+            settings=Settings(),
+            changes=Changes(),
+            ask=lambda urls: dict.fromkeys(urls, BrowserStatus(ready=True)),
+        )
+
+    def look(self, container: ContainerState | None) -> Status:
+        self.container = container
+        self.readiness.revisit_failed()
+        return self.ledger.instances.get("mu-test").status
+
+
+@pytest.fixture
+def revisited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Revisited]:
+    revisited = Revisited(tmp_path, monkeypatch)
+    yield revisited
+    revisited.ledger.close()
+
+
+def test_a_failed_instance_whose_browser_answers_after_all_is_taken_back(revisited: Revisited) -> None:
+    assert revisited.look(RUNNING) is Status.FAILED
+    assert revisited.look(RUNNING) is Status.RUNNING
+    assert revisited.ledger.instances.get("mu-test").error_code is None
+
+
+@pytest.mark.parametrize("container", [None, EXITED, dataclasses.replace(RUNNING, restart_count=1)])
+def test_an_answer_from_elsewhere_or_between_two_crashes_takes_nothing_back(
+    revisited: Revisited, container: ContainerState | None
+) -> None:
+    assert revisited.look(RUNNING) is Status.FAILED
+    assert revisited.look(container) is Status.FAILED
