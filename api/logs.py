@@ -48,8 +48,6 @@ def configure_logs(
     logging.basicConfig(level=logging.WARNING, handlers=handlers, force=True)
     for name in OURS:
         logging.getLogger(name).setLevel(logging.INFO)
-    # An update that ends with a failed resource hangs up on its program, which gRPC tells of with a traceback.
-    logging.getLogger("grpc._server").setLevel(logging.CRITICAL)
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,

@@ -13,6 +13,8 @@ from provisioner.ledger.instances import NodeLoad
 from provisioner.ledger.records import NodeRecord, NodeStatus
 from stacks.spec import ClusterSpec, NodeSpec
 
+OFFLINE = "offline"
+
 PortProbe = Callable[[NodeSpec, int], bool]
 """Says whether a port is free on a node, beyond what the ledger knows."""
 
@@ -86,8 +88,10 @@ def choose_place(
             return Place(node=node, ports=ports)
         lacks[node.id] = "no free port left"
     said = "; ".join(f"node {node_id}: {lack}" for node_id, lack in lacks.items())
+    away = all(lack == OFFLINE for lack in lacks.values())
     raise NoCapacity(
-        f"No node has room now ({said}).", resolution="Delete an instance or make one dormant, then retry."
+        f"No node has room now ({said}).",
+        resolution="Retry once a node answers again." if away else "Delete an instance or make one dormant, then retry.",
     )
 
 
@@ -109,7 +113,7 @@ def _find_lack(
     need: Need, *, record: NodeRecord | None, node: NodeSpec, load: NodeLoad, overcommit: Overcommit
 ) -> str | None:
     if record is None or record.status is NodeStatus.OFFLINE:
-        return "offline"
+        return OFFLINE
     if load.instances >= node.max_instances:
         return f"has its {node.max_instances} instances"
     free_gb = (record.memory_bytes or 0) / 2**30 * overcommit.memory - load.memory_gb

@@ -34,14 +34,14 @@ def create_container(host: DockerHost, name: str, *, config: Mapping[str, Any]) 
 def start_container(host: DockerHost, container: str) -> None:
     """Start a container; one that runs already is a success. Raises `PortTaken` among others."""
     host.check_alive()
-    host.call(f"start container {container}", host.slow_api.start, container)
+    host.call(f"start container {container}", host.work_api.start, container)
 
 
 def stop_container(host: DockerHost, container: str, *, timeout_s: int) -> None:
     """Send the container its stop signal and kill it after `timeout_s`; one that is stopped or gone is a success."""
     host.check_alive()
     try:
-        host.call(f"stop container {container}", host.slow_api.stop, container, timeout=timeout_s)
+        host.call(f"stop container {container}", host.work_api.stop, container, timeout=timeout_s)
     except DockerNotFound:
         return
 
@@ -62,7 +62,7 @@ def remove_container(host: DockerHost, container: str, *, kill: bool, anonymous_
     try:
         host.call(
             f"remove container {container}",
-            host.slow_api.remove_container,
+            host.work_api.remove_container,
             container,
             v=anonymous_volumes,
             force=kill,
@@ -88,7 +88,7 @@ def find_container(host: DockerHost, container: str) -> Inspected | None:
     host.check_alive()
     try:
         # As work: the engine answers only once whatever it does to the container at that moment is done.
-        found: Inspected = host.call(f"inspect container {container}", host.slow_api.inspect_container, container)
+        found: Inspected = host.call(f"inspect container {container}", host.work_api.inspect_container, container)
     except DockerNotFound:
         return None
     return found

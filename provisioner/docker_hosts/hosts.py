@@ -1,11 +1,12 @@
 """The door to a Docker engine: one `DockerHost` per URL, shared by all threads.
 
-docker-py's clients are `requests` sessions: they keep connections and may be used by several threads. A host has two
-of them, because how long to wait for an answer depends on the question: `api` for questions that an engine answers at
-once, `slow_api` for work (start, stop, pull, copy), where silence is normal. Both give up *connecting* within
-`timeout_s`, so that a dead node costs seconds. An engine that accepts connections and then says nothing would cost
-`slow_timeout_s`: whoever takes `slow_api` therefore waits for a sign of life first, and work that has several parts
-waits in vain only once (`SILENT_FOR_S`).
+docker-py's clients are `requests` sessions: they keep connections and may be used by several threads. A host has three
+of them, because how long to wait for an answer depends on the question: `api` for what an engine answers at once,
+`work_api` for work on one object (create, start, stop, remove), `slow_api` for work that takes as long as its data
+(pull, copy, build), where silence is normal. All give up *connecting* within `timeout_s`, so that a dead node costs
+seconds. An engine that accepts connections and then says nothing would cost the whole limit: whoever takes one of the
+latter two therefore waits for a sign of life first, and work that has several parts waits in vain only once
+(`SILENT_FOR_S`).
 
 Nothing is opened before it is needed: a `DockerHost` for a node that is down can be made, kept and asked again later.
 """
@@ -66,13 +67,21 @@ class _Client(docker.APIClient):
 class DockerHost:
     """One Docker engine, reached by a URL that docker-py understands."""
 
-    def __init__(self, url: str = LOCAL_ENGINE, *, timeout_s: float = 5.0, slow_timeout_s: float = 600.0) -> None:
+    def __init__(
+        self,
+        url: str = LOCAL_ENGINE,
+        *,
+        timeout_s: float = 5.0,
+        work_timeout_s: float = 60.0,
+        slow_timeout_s: float = 600.0,
+    ) -> None:
         self.url = url
         self.timeout_s = timeout_s
+        self.work_timeout_s = work_timeout_s
         self.slow_timeout_s = slow_timeout_s
         self._lock = threading.Lock()
         self._api: docker.APIClient | None = None
-        self._slow_api: docker.APIClient | None = None
+        self._workers: dict[float, docker.APIClient] = {}
         self._alive_at = float("-inf")
         self._silent_at = float("-inf")
 
@@ -89,18 +98,30 @@ class DockerHost:
         return self._api
 
     @property
-    def slow_api(self) -> docker.APIClient:
-        """Return the client for work, once the engine is known to be alive: it gives up after `slow_timeout_s`.
+    def work_api(self) -> docker.APIClient:
+        """Return the client for work on one object (create, start, stop, remove), once the engine is known to be alive.
 
+        Gives up after `work_timeout_s`, so that an engine that freezes in the middle holds up an update no longer.
         Connects at first use. Raises NodeUnreachable.
         """
+        return self._working_client(self.work_timeout_s)
+
+    @property
+    def slow_api(self) -> docker.APIClient:
+        """Return the client for work that takes as long as its data (pull, copy, build), once the engine is alive.
+
+        Gives up after `slow_timeout_s` without a byte. Connects at first use. Raises NodeUnreachable.
+        """
+        return self._working_client(self.slow_timeout_s)
+
+    def _working_client(self, timeout_s: float) -> docker.APIClient:
         self.check_alive()
         version = str(self.api.api_version)
-        if self._slow_api is None:
-            with self._lock:
-                if self._slow_api is None:
-                    self._slow_api = self._connect(timeout_s=self.slow_timeout_s, version=version)
-        return self._slow_api
+        with self._lock:
+            client = self._workers.get(timeout_s)
+            if client is None:
+                client = self._workers[timeout_s] = self._connect(timeout_s=timeout_s, version=version)
+        return client
 
     def _connect(self, *, timeout_s: float, version: str | None) -> docker.APIClient:
         with self.errors("connect"):
@@ -189,9 +210,9 @@ class DockerHost:
 
     def post(self, what: str, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """POST to the engine's API what docker-py has no function for, as work; return its JSON answer."""
-        api = self.slow_api
+        api = self.work_api
         with self.errors(what):
-            response = api.post(f"{api.base_url}/v{api.api_version}{path}", json=body, timeout=self.slow_timeout_s)
+            response = api.post(f"{api.base_url}/v{api.api_version}{path}", json=body, timeout=self.work_timeout_s)
             try:
                 response.raise_for_status()
             except requests.exceptions.HTTPError as error:
@@ -202,8 +223,9 @@ class DockerHost:
     def close(self) -> None:
         """Close idle connections; the next use connects again."""
         with self._lock:
-            clients = [client for client in (self._api, self._slow_api) if client is not None]
-            self._api = self._slow_api = None
+            clients = [*self._workers.values(), *([self._api] if self._api is not None else [])]
+            self._workers.clear()
+            self._api = None
         for client in clients:
             client.close()
 

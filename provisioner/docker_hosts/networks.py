@@ -29,7 +29,7 @@ def create_network(
     try:
         created = host.call(
             f"create network {name}",
-            host.slow_api.create_network,
+            host.work_api.create_network,
             name,
             driver=driver,
             options=dict(options),
@@ -59,7 +59,7 @@ def remove_network(host: DockerHost, network: str) -> None:
     give_up_at = time.monotonic() + IN_USE_TIMEOUT_S
     while True:
         try:
-            host.call(f"remove network {network}", host.slow_api.remove_network, network)
+            host.call(f"remove network {network}", host.work_api.remove_network, network)
         except DockerNotFound:
             return
         except DockerError as error:

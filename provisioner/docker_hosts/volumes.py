@@ -30,7 +30,7 @@ def ensure_volume(
     host.check_alive()
     found: dict[str, Any] = host.call(
         f"create volume {name}",
-        host.slow_api.create_volume,
+        host.work_api.create_volume,
         name=name,
         driver=driver,
         driver_opts=dict(driver_opts) if driver_opts else None,
@@ -54,7 +54,7 @@ def remove_volume(host: DockerHost, name: str) -> None:
     give_up_at = time.monotonic() + IN_USE_TIMEOUT_S
     while True:
         try:
-            host.call(f"remove volume {name}", host.slow_api.remove_volume, name)
+            host.call(f"remove volume {name}", host.work_api.remove_volume, name)
         except DockerNotFound:
             return
         except DockerError as error:

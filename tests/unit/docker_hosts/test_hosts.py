@@ -111,6 +111,25 @@ def test_an_engine_that_accepts_and_says_nothing_is_unreachable_after_the_quick_
             stop_container(DockerHost(f"unix://{path}", timeout_s=0.2, slow_timeout_s=600), "x", timeout_s=10)
 
 
+def test_an_engine_that_freezes_in_the_middle_of_a_piece_of_work_costs_the_limit_for_work_not_for_data() -> None:
+    frozen = threading.Event()
+
+    class Freezing(dict[str, tuple[int, str]]):
+        def __iter__(self) -> Iterator[str]:
+            if frozen.is_set():
+                threading.Event().wait(5)  # longer than the limit for work, and bounded
+            return super().__iter__()
+
+    with engine(Freezing()) as answering:
+        host = DockerHost(answering.url, timeout_s=2, work_timeout_s=0.2, slow_timeout_s=600)
+        host.ping()
+        host.check_alive()
+        api = host.work_api
+        frozen.set()
+        with pytest.raises(NodeUnreachable):
+            host.call("start x", api.start, "x")
+
+
 def test_work_in_several_parts_waits_for_a_silent_engine_only_once(tmp_path: Path) -> None:
     path = tmp_path / "docker.sock"
     with socket.socket(socket.AF_UNIX) as silent:
