@@ -141,6 +141,9 @@ class Instance(_Answer):
     urls: InstanceUrls
     image: str = Field(description="What really runs.")
     image_requested: str
+    image_base: str | None = Field(
+        description="What that was built on, where its label `machineuse.base` tells: the project's browser image does."
+    )
     operation: str | None = Field(
         description="What is under way: creating, making_dormant, reviving, repairing or deleting; null for nothing."
     )

@@ -60,6 +60,7 @@ def _show_instance(
         ),
         image=record.image,
         image_requested=record.image_requested,
+        image_base=record.image_base,
         operation=record.operation,
         error=_show_error(record),
         node_status=node.status if node else NodeStatus.OFFLINE,

@@ -184,6 +184,7 @@ class InstanceService:
             node_id=place.node.id,
             image_requested=request.image,
             image=image.image,
+            image_base=image.base,
             browser=image.browser,
             memory_gb=request.memory_gb,
             cpu_cores=request.cpu_cores,

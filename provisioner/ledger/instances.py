@@ -132,10 +132,16 @@ class Instances:
             return _read(connection, [])
 
     def unsettled(self) -> list[InstanceRecord]:
-        """Return the instances that are not (known to be) what they should be, oldest first."""
-        table = tables.instances
+        """Return the instances that are not (known to be) what they should be, or keep what they no longer need.
+
+        Oldest first.
+        """
+        table, snapshots = tables.instances, tables.snapshots
+        expiring = sa.select(snapshots.c.instance_id).where(snapshots.c.state == SnapshotState.EXPIRING.value)
         with self._database.read() as connection:
-            return _read(connection, [table.c.settled_generation < table.c.generation])
+            return _read(
+                connection, [sa.or_(table.c.settled_generation < table.c.generation, table.c.id.in_(expiring))]
+            )
 
     def failed(self) -> list[InstanceRecord]:
         """Return the instances that have failed, oldest first."""

@@ -13,7 +13,7 @@ class SnapshotState(StrEnum):
 
     PENDING = "pending"  # wanted, maybe being written
     VERIFIED = "verified"  # written, read back, whole
-    EXPIRING = "expiring"  # a newer one took its place: to be deleted
+    EXPIRING = "expiring"  # a newer one took its place, or its dormancy failed: to be deleted
 
 
 class NodeStatus(StrEnum):
@@ -48,6 +48,7 @@ class InstanceRecord:
     node_id: str
     image_requested: str
     image: str
+    image_base: str | None
     browser: bool
     memory_gb: float
     cpu_cores: int
@@ -90,6 +91,14 @@ class InstanceRecord:
     def snapshot(self, generation: int | None) -> SnapshotRecord | None:
         """Return the snapshot of that generation, or None."""
         return next((s for s in self.snapshots if s.generation == generation), None)
+
+    @property
+    def obsolete_snapshots(self) -> list[int]:
+        """Return the generations of the snapshots that nobody needs, whether they are resources of the stack or not."""
+        obsolete = {SnapshotState.EXPIRING}
+        if self.wanted is Wanted.ABSENT:
+            obsolete.add(SnapshotState.PENDING)
+        return [s.generation for s in self.snapshots if s.state in obsolete]
 
     @property
     def sleeps_safely(self) -> bool:

@@ -24,6 +24,7 @@ instances = Table(
     # What was asked for.
     Column("image_requested", Text, nullable=False),
     Column("image", Text, nullable=False),
+    Column("image_base", Text),
     Column("browser", Boolean, nullable=False),
     Column("memory_gb", Float, nullable=False),
     Column("cpu_cores", Integer, nullable=False),

@@ -188,6 +188,7 @@ def test_the_default_image_is_the_projects_browser_and_the_instance_says_so(
     assert browser["image_requested"] == "ubuntu:22.04"
     assert browser["image"] == BROWSER_IMAGE
     base = service.docker.images.get(BROWSER_IMAGE).labels["machineuse.base"]
+    assert browser["image_base"] == base
     assert base in events_of(service, browser, "create")[0]
     assert service.container(browser["id"]).attrs["Config"]["Image"] == BROWSER_IMAGE
 

@@ -15,6 +15,7 @@ def make_record(**changes: Any) -> InstanceRecord:
         "node_id": "local",
         "image_requested": "ubuntu:22.04",
         "image": "machineuse/browser:latest",
+        "image_base": "debian 12",
         "browser": True,
         "memory_gb": 1.0,
         "cpu_cores": 1,

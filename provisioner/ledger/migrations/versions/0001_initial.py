@@ -35,6 +35,7 @@ def upgrade() -> None:
         sa.Column("node_id", sa.String(length=64), nullable=False),
         sa.Column("image_requested", sa.Text(), nullable=False),
         sa.Column("image", sa.Text(), nullable=False),
+        sa.Column("image_base", sa.Text(), nullable=True),
         sa.Column("browser", sa.Boolean(), nullable=False),
         sa.Column("memory_gb", sa.Float(), nullable=False),
         sa.Column("cpu_cores", sa.Integer(), nullable=False),
