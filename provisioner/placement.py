@@ -91,7 +91,7 @@ def choose_place(
     away = all(lack == OFFLINE for lack in lacks.values())
     raise NoCapacity(
         f"No node has room now ({said}).",
-        resolution="Retry once a node answers again." if away else "Delete an instance or make one dormant, then retry.",
+        resolution="Retry once a node answers." if away else "Delete an instance or make one dormant, then retry.",
     )
 
 
