@@ -7,6 +7,7 @@ Wishes that come while an update runs share the next one. Per instance the steps
     wanted dormant   SNAPSHOT, then SHED       SHED (delete container and volume) only of what is snapshotted, verified
                                                and recorded; never in the same update
     wanted absent    DELETE
+    as wanted        TIDY                      what is left of a dormancy that failed, once the instance runs again
 
 Each is idempotent: after a crash at any point the same step is found again and run again.
 """
@@ -28,12 +29,12 @@ from provisioner.engine import Program, UpdateResult
 from provisioner.errors import DockerNotFound, EngineError, MachineuseError, PortTaken, SnapshotFailed, StackLocked
 from provisioner.ledger import Ledger
 from provisioner.ledger.instances import LoadReader, Update
-from provisioner.ledger.records import InstanceRecord, SnapshotState
+from provisioner.ledger.records import InstanceRecord
 from provisioner.outcomes import PERMANENT, error_of
 from provisioner.plugins.failures import read_code
 from provisioner.settings import Settings
 from provisioner.specs import all_urns, body_urns, specs_of
-from provisioner.states import Wanted
+from provisioner.states import UP, Wanted
 from stacks.cluster import declare
 from stacks.names import COMPONENT_TYPE, NETWORK_TYPE, Names, if_there, network_name
 from stacks.spec import ClusterSpec
@@ -54,6 +55,7 @@ class Step(Enum):
     SNAPSHOT = auto()
     SHED = auto()
     DELETE = auto()
+    TIDY = auto()
 
 
 class UpdateRunner(Protocol):
@@ -75,8 +77,11 @@ class Work:
 def plan(record: InstanceRecord, *, names: Names) -> Work | None:
     """Return what the next update should do about this instance; None when it is not the engine's turn."""
     component = names.component_urn(record.id)
+    obsolete = [names.snapshot_urn(record.id, generation) for generation in record.obsolete_snapshots]
     if record.settled_generation >= record.generation:
-        return None
+        if not obsolete or record.status not in UP:
+            return None
+        return Work(record=record, step=Step.TIDY, targets=_if_there(obsolete))
     if record.wanted is Wanted.ABSENT:
         return Work(record=record, step=Step.DELETE, targets=_if_there(all_urns(record, names=names)))
     if record.wanted is Wanted.RUNNING:
@@ -86,10 +91,7 @@ def plan(record: InstanceRecord, *, names: Names) -> Work | None:
     if not record.sleeps_safely:
         taken = record.snapshot_generation or record.generation
         return Work(record=record, step=Step.SNAPSHOT, targets=(names.snapshot_urn(record.id, taken),))
-    expiring = [
-        names.snapshot_urn(record.id, s.generation) for s in record.snapshots if s.state is SnapshotState.EXPIRING
-    ]
-    return Work(record=record, step=Step.SHED, targets=_if_there([*body_urns(record, names=names), *expiring]))
+    return Work(record=record, step=Step.SHED, targets=_if_there([*body_urns(record, names=names), *obsolete]))
 
 
 def _if_there(urns: Sequence[str]) -> tuple[str, ...]:
@@ -250,6 +252,8 @@ class Converger:
             )
         elif work.step is Step.SHED:
             self._change(record, lambda r: lifecycle.note_dormant(r, generation=generation))
+        elif work.step is Step.TIDY:
+            self._change(record, lambda r: lifecycle.note_tidied(r, generations=record.obsolete_snapshots))
         else:
             self._finish_delete(work, result)
 

@@ -6,7 +6,9 @@ what became of it), and observations (health and idleness). All go through the o
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections.abc import Collection
 from typing import Any
 
 from provisioner.errors import Conflict, MachineuseError
@@ -173,26 +175,10 @@ def note_snapshot(record: InstanceRecord, *, generation: int, size_bytes: int, k
     taken = record.snapshot(generation)
     if taken is None or record.wanted is Wanted.ABSENT:
         return None
-    verified = SnapshotRecord(
-        instance_id=record.id,
-        generation=generation,
-        node_id=taken.node_id,
-        state=SnapshotState.VERIFIED,
-        bytes=size_bytes,
-        created_at=taken.created_at,
-    )
-    older = sorted((s for s in record.snapshots if s.generation < generation), key=lambda s: -s.generation)
-    expiring = tuple(
-        SnapshotRecord(
-            instance_id=s.instance_id,
-            generation=s.generation,
-            node_id=s.node_id,
-            state=SnapshotState.EXPIRING,
-            bytes=s.bytes,
-            created_at=s.created_at,
-        )
-        for s in older[keep - 1 :]
-    )
+    verified = dataclasses.replace(taken, state=SnapshotState.VERIFIED, bytes=size_bytes)
+    older = [s for s in record.snapshots if s.generation < generation and s.state is SnapshotState.VERIFIED]
+    older.sort(key=lambda s: s.generation, reverse=True)
+    expiring = tuple(dataclasses.replace(s, state=SnapshotState.EXPIRING) for s in older[keep - 1 :])
     return Update(
         put_snapshots=(verified, *expiring),
         event=("snapshot", f"snapshot {generation} is verified ({size_bytes} bytes)"),
@@ -223,10 +209,15 @@ def note_dormant(record: InstanceRecord, *, generation: int) -> Update | None:
 
 
 def note_sleep_failed(record: InstanceRecord, *, generation: int, error: MachineuseError) -> Update | None:
-    """No snapshot: want it running again, with the error on it."""
+    """No snapshot: want it running again, with the error on it.
+
+    What there may be of the snapshot is kept until the instance runs again: the failure may have come after it was
+    whole, and be one of the node.
+    """
     if record.generation != generation or record.wanted is not Wanted.DORMANT:
         return None
     new = generation + 1
+    failed = record.snapshot(generation)
     return Update(
         values={
             "wanted": Wanted.RUNNING,
@@ -240,7 +231,7 @@ def note_sleep_failed(record: InstanceRecord, *, generation: int, error: Machine
             "error_generation": generation,
         }
         | {"status": Status.RUNNING, "status_since": time.time(), "last_active_at": time.time()},
-        drop_snapshots=(generation,),
+        put_snapshots=(dataclasses.replace(failed, state=SnapshotState.EXPIRING),) if failed is not None else (),
         event=("sleep_failed", error.explain()),
     )
 
@@ -281,17 +272,19 @@ def note_failed(record: InstanceRecord, *, generation: int, error: MachineuseErr
     )
 
 
+def note_tidied(record: InstanceRecord, *, generations: Collection[int]) -> Update | None:
+    """Nothing is left of these snapshots, which nobody needed."""
+    gone = tuple(g for g in record.obsolete_snapshots if g in generations)
+    return Update(values={"attempts": 0} | _forget_retries(record), drop_snapshots=gone) if gone else None
+
+
 def note_retry(record: InstanceRecord, *, generation: int, error: MachineuseError, delay_s: float) -> Update | None:
-    """It did not work yet; try again later."""
+    """It did not work yet; try again later. The error that ended a wish stays, or its caller would be told this one."""
     if record.generation != generation:
         return None
+    said = {"error_code": error.code, "error_message": error.explain()} if record.error_generation is None else {}
     return Update(
-        values={
-            "attempts": record.attempts + 1,
-            "retry_at": time.time() + delay_s,
-            "error_code": error.code,
-            "error_message": error.explain(),
-        },
+        values={"attempts": record.attempts + 1, "retry_at": time.time() + delay_s} | said,
         event=("retry", f"{error.explain()} Trying again in {delay_s:.0f} s."),
     )
 

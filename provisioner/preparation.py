@@ -28,7 +28,7 @@ from provisioner.docker_hosts.images import ensure_image, find_image
 from provisioner.docker_hosts.volumes import remove_volume
 from provisioner.errors import MachineuseError, NodeUnreachable, UnknownNode
 from provisioner.ledger import Ledger
-from provisioner.ledger.records import InstanceRecord, SnapshotState
+from provisioner.ledger.records import InstanceRecord
 from provisioner.plugins.docker.provider import DockerProvider
 from provisioner.plugins.machineuse.snapshot import labels_of
 from provisioner.settings import Settings
@@ -100,12 +100,10 @@ class Preparation:
             return False
         elif work.step is Step.SNAPSHOT:
             job = self._prepare_snapshot
-        elif work.step is Step.DELETE:
-            if self._is_capturing(work.record):
-                return False
-            job = self._discard if _pending(work.record) else None
+        elif work.step is Step.DELETE and self._is_capturing(work.record):
+            return False
         else:
-            return True
+            job = self._discard if work.record.obsolete_snapshots else None
         if job is None:
             return True
         key = (work.record.id, work.record.generation, work.step)
@@ -291,11 +289,11 @@ class Preparation:
             self._discard(record)
 
     def _discard(self, record: InstanceRecord) -> None:
-        """Throw away the snapshots of an instance being deleted that are no resources (yet). Idempotent.
+        """Throw away the snapshots that an instance no longer needs, whether they became resources or not. Idempotent.
 
         Raises NodeUnreachable, unless the delete is forced: then the copies are noted, to be removed when it is back.
         """
-        for generation in _pending(record):
+        for generation in record.obsolete_snapshots:
             node = self._cluster.node(record.node_id)
             copy = self._names.docker_copy(record.id, generation)
             if node is not None:
@@ -317,7 +315,3 @@ def _as_inputs(arguments: Mapping[str, Any]) -> dict[str, Any]:
         return first + "".join(word.title() for word in rest)
 
     return {rename(name): value for name, value in arguments.items() if value is not None}
-
-
-def _pending(record: InstanceRecord) -> list[int]:
-    return [snapshot.generation for snapshot in record.snapshots if snapshot.state is SnapshotState.PENDING]

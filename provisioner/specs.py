@@ -20,7 +20,7 @@ def spec_of(record: InstanceRecord) -> InstanceSpec | None:
     refs = {
         s.generation: SnapshotRef(instance_id=record.id, generation=s.generation, node_id=s.node_id)
         for s in record.snapshots
-        if s.state is not SnapshotState.EXPIRING or not record.sleeps_safely
+        if s.state is not SnapshotState.EXPIRING
     }
     body = not record.sleeps_safely
     restore = None

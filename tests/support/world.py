@@ -11,7 +11,7 @@ from provisioner.errors import EngineError
 from provisioner.guard import LedgerGuard
 from provisioner.ledger import Ledger
 from provisioner.ledger.instances import LoadReader, Update
-from provisioner.ledger.records import InstanceRecord, SnapshotState
+from provisioner.ledger.records import InstanceRecord
 from provisioner.outcomes import error_of
 from provisioner.readiness import is_awaited
 from provisioner.settings import Settings
@@ -67,10 +67,9 @@ class World:
                 self.engine.capture(work.targets[0], instance_id=record.id)
             except EngineError as said:
                 raise error_of(said.message) from said
-        if work.step is Step.DELETE:
-            for snapshot in record.snapshots:
-                if snapshot.state is SnapshotState.PENDING:
-                    self.engine.made.pop(NAMES.snapshot_urn(record.id, snapshot.generation), None)
+        if work.step in (Step.DELETE, Step.SHED, Step.TIDY):
+            for generation in record.obsolete_snapshots:
+                self.engine.made.pop(NAMES.snapshot_urn(record.id, generation), None)
         return True
 
     def _sweep(self, record: InstanceRecord) -> None:

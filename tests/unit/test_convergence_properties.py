@@ -178,7 +178,7 @@ class Convergence(RuleBasedStateMachine):
         settled = {
             r.id: r
             for r in self.world.ledger.instances.all()
-            if r.settled_generation >= r.generation and r.status is not Status.FAILED
+            if r.settled_generation >= r.generation and r.status is not Status.FAILED and not r.obsolete_snapshots
         }
         declared = declared_urns(specs_of(settled.values()), names=NAMES)
         assert {urn for urn in self.world.engine.resources if instance_of(urn) in settled} == declared

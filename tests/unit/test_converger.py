@@ -17,8 +17,10 @@ from provisioner.engine import UpdateResult
 from provisioner.errors import DockerError, EngineError, SnapshotFailed
 from provisioner.ledger import Ledger
 from provisioner.ledger.instances import Update
+from provisioner.ledger.records import SnapshotRecord, SnapshotState
 from provisioner.states import Status, Wanted
 from tests.support.fake_engine import Died
+from tests.support.records import make_record
 from tests.support.world import ID, NAMES, World
 
 VOLUME, CONTAINER = NAMES.volume_urn(ID), NAMES.container_urn(ID)
@@ -301,3 +303,57 @@ def test_a_repair_is_never_given_up(world: World, code: str) -> None:
     world.engine.fail = {}
     world.settle()
     assert world.record.status is Status.RUNNING
+
+
+def test_a_snapshot_of_a_dormancy_that_failed_is_removed_once_the_instance_runs_again(world: World) -> None:
+    """It may be whole, in the stack, and the only copy that can be reached: until then it is kept."""
+    world.wish_step("create")
+    world.settle()
+    world.wish_step("dormant")
+    world.engine.die = "after"
+    with pytest.raises(Died):
+        world.converger.step()
+    world.engine.die = None
+    world.crash()
+    world.unprepared = {ID: SnapshotFailed("The node does not answer.")}
+    world.answering = False
+    world.settle()
+    snapshot = NAMES.snapshot_urn(ID, 2)
+    assert world.record.status is Status.RUNNING
+    assert snapshot in world.engine.made
+    world.unprepared = {}
+    world.wish(lambda r: lifecycle.note_ready(r, generation=r.generation))
+    world.settle()
+    assert snapshot not in world.engine.made.keys() | world.engine.resources
+    assert world.record.snapshots == ()
+    assert world.record.error_message == "The node does not answer."
+
+
+def test_an_archive_that_never_became_a_resource_is_removed_too(world: World) -> None:
+    world.wish_step("create")
+    world.settle()
+    world.wish_step("dormant")
+    world.engine.die = "before"
+    with pytest.raises(Died):
+        world.converger.step()
+    world.engine.die = None
+    world.crash()
+    world.unprepared = {ID: SnapshotFailed("The node does not answer.")}
+    world.converger.step()
+    world.unprepared = {}
+    world.wish_step("dormant")
+    world.settle()
+    assert world.record.status is Status.DORMANT
+    assert [urn for urn in world.engine.made if "Snapshot" in urn] == [NAMES.snapshot_urn(ID, 4)]
+
+
+def test_a_failed_dormancy_takes_no_older_snapshot_s_place() -> None:
+    rows = {2: SnapshotState.VERIFIED, 4: SnapshotState.EXPIRING, 6: SnapshotState.PENDING}
+    snapshots = tuple(
+        SnapshotRecord(instance_id=ID, generation=g, node_id="local", state=state, bytes=1, created_at=1.0)
+        for g, state in rows.items()
+    )
+    record = make_record(wanted=Wanted.DORMANT, generation=6, snapshot_generation=6, snapshots=snapshots)
+    update = lifecycle.note_snapshot(record, generation=6, size_bytes=1, keep=2)
+    assert update is not None
+    assert [s.generation for s in update.put_snapshots] == [6]  # 2 is the one older that is kept

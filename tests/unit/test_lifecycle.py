@@ -97,7 +97,7 @@ def test_a_failed_snapshot_leaves_it_running_with_the_error_on_it() -> None:
     assert record.status is Status.RUNNING
     assert record.error_generation == wished
     assert record.error_message == "The disk is full."
-    assert record.snapshots == ()
+    assert record.obsolete_snapshots == [wished]
 
 
 def test_a_failed_revive_leaves_it_dormant_with_its_snapshot() -> None:
