@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from provisioner.ledger import Ledger
 from provisioner.ledger.records import InstanceRecord, SnapshotState
+from provisioner.lifecycle import DELETED
 from provisioner.plugins.policy import INSTANCE_LABEL, LEDGER_LABEL, DeleteDecision
 from provisioner.states import Wanted
 
@@ -32,7 +33,16 @@ class LedgerGuard:
                 f" {self._ledger.id}. Set MACHINEUSE_DATA_DIR to the data directory of the service that made it.",
             )
         record = self._ledger.instances.find(instance_id)
-        reason = None if record is None else _reason_to_keep(record, urn=urn, kind=kind, replacing=replacing)
+        if record is not None:
+            reason = _reason_to_keep(record, urn=urn, kind=kind, replacing=replacing)
+        elif self._ledger.events.tell_of(DELETED, instance_id=instance_id):
+            reason = None
+        else:
+            # An older copy of the ledger, put back, does not know what was made since: that is no reason to delete it.
+            reason = (
+                f"The {kind} of instance {instance_id} is not deleted: this ledger has never known that instance."
+                " If it is not needed, remove it from its node, and from the stack with `pulumi state delete`."
+            )
         if reason is not None:
             return DeleteDecision(allowed=False, reason=reason)
         return DeleteDecision(

@@ -161,7 +161,7 @@ class Repair:
                 continue
             if instance_id is None and "-probe-" not in name:
                 continue  # the cluster's, not an instance's
-            if instance_id is not None and not self._was_deleted(instance_id):
+            if instance_id is not None and not self._ledger.events.tell_of(DELETED, instance_id=instance_id):
                 self._tell_of_stranger(node, kind=kind, name=name, instance_id=instance_id)
                 continue
             try:
@@ -180,9 +180,6 @@ class Repair:
                 instance_id=instance_id,
                 node_id=node.id,
             )
-
-    def _was_deleted(self, instance_id: str) -> bool:
-        return any(event.kind == DELETED for event in self._ledger.events.list(instance_id=instance_id, limit=20))
 
     def _tell_of_stranger(self, node: NodeSpec, *, kind: str, name: str, instance_id: str) -> None:
         if (node.id, name) in self._strangers:

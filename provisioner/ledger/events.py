@@ -46,6 +46,13 @@ class Events:
             rows = connection.execute(query).mappings().all()
         return [EventRecord(**row) for row in reversed(rows)]
 
+    def tell_of(self, kind: str, *, instance_id: str) -> bool:
+        """Say whether an event of that kind is recorded of the instance."""
+        table = tables.events
+        query = sa.select(table.c.id).where(table.c.instance_id == instance_id, table.c.kind == kind).limit(1)
+        with self._database.read() as connection:
+            return connection.scalar(query) is not None
+
     def prune(self) -> None:
         """Delete all but the newest events."""
         with self._database.write() as connection:

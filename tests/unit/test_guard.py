@@ -1,0 +1,66 @@
+"""What may be deleted, by the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from provisioner import lifecycle
+from provisioner.guard import LedgerGuard
+from provisioner.ledger import Ledger
+from provisioner.plugins.policy import DeleteDecision
+from tests.support.records import make_record
+
+ID = "mu-test"
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    ledger = Ledger.create(tmp_path / "ledger.db")
+    yield ledger
+    ledger.close()
+
+
+def ask(ledger: Ledger, *, kind: str = "volume", owner: str | None = None, replacing: bool = False) -> DeleteDecision:
+    labels = {"machineuse.instance": ID, "machineuse.ledger": owner or ledger.id}
+    return LedgerGuard(ledger, stop_timeout_s=1).check_delete(
+        urn=f"urn:x::{ID}-{kind}", labels=labels, kind=kind, replacing=replacing
+    )
+
+
+def test_what_is_wanted_is_kept_but_a_container_may_be_replaced(ledger: Ledger) -> None:
+    ledger.instances.create(lambda _: (make_record(), "test"))
+    assert not ask(ledger).allowed
+    assert not ask(ledger, replacing=True).allowed
+    assert not ask(ledger, kind="container").allowed
+    assert ask(ledger, kind="container", replacing=True).allowed
+
+
+def test_what_is_being_deleted_may_go(ledger: Ledger) -> None:
+    ledger.instances.create(lambda _: (make_record(), "test"))
+    ledger.instances.change(ID, lambda record, _: lifecycle.wish_absent(record, force=True))
+    assert ask(ledger).allowed
+    assert ask(ledger).force
+
+
+def test_what_another_ledger_made_is_kept(ledger: Ledger) -> None:
+    decision = ask(ledger, owner="another")
+    assert not decision.allowed
+    assert "MACHINEUSE_DATA_DIR" in decision.reason
+
+
+def test_what_the_ledger_never_knew_is_kept(ledger: Ledger) -> None:
+    """An older copy of the ledger was put back, say: it has the right id, and lacks the instances made since."""
+    for kind in ("volume", "container", "snapshot"):
+        decision = ask(ledger, kind=kind)
+        assert not decision.allowed
+        assert "never known" in decision.reason
+
+
+def test_what_the_ledger_saw_deleted_may_go(ledger: Ledger) -> None:
+    ledger.instances.create(lambda _: (make_record(), "test"))
+    ledger.instances.change(ID, lambda record, _: lifecycle.wish_absent(record, force=False))
+    ledger.instances.change(ID, lambda record, _: lifecycle.note_gone(record))
+    assert ask(ledger).allowed
