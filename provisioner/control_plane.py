@@ -20,6 +20,7 @@ from provisioner.converger import GATHER_S, Converger
 from provisioner.disk import DiskWatch
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.engine import Engine
+from provisioner.errors import LedgerMismatch
 from provisioner.guard import LedgerGuard
 from provisioner.health import NodeHealth
 from provisioner.idle import IdleWatch
@@ -27,6 +28,7 @@ from provisioner.images import ImageCatalogue
 from provisioner.ledger import Ledger
 from provisioner.loops import Loop
 from provisioner.metrics import Sampler
+from provisioner.outcomes import error_of
 from provisioner.plugins.docker.provider import DockerProvider
 from provisioner.plugins.host import PluginHost
 from provisioner.plugins.machineuse.servicer import MachineusePlugin
@@ -112,7 +114,10 @@ class ControlPlane:
         self._worker = threading.Thread(target=self._converge, name="machineuse-converger", daemon=True)
 
     def start(self) -> None:
-        """Start everything; returns when the service can take requests. Raises EngineError and SetupError."""
+        """Start everything; returns when the service can take requests.
+
+        Raises EngineError, LedgerMismatch and SetupError.
+        """
         started = time.monotonic()
         self.store.clean_up(older_than=ABANDONED_AFTER)
         self._nodes.beat_once()
@@ -144,9 +149,9 @@ class ControlPlane:
         for loop in self._loops:
             loop.stop()
         self._readiness.stop()
-        self._preparation.close()
         if self._worker.is_alive():
             self._worker.join(timeout_s)
+        self._preparation.close()
         if self._engine is not None:
             self._engine.close()
         self._plugins.stop()
@@ -157,7 +162,11 @@ class ControlPlane:
         log.info("control plane stopped")
 
     def _apply_cluster(self, engine: Engine) -> None:
-        """Run a full update where the stack is new or the cluster's file has changed since the last one."""
+        """Run a full update where the stack is new or the cluster's file has changed since the last one.
+
+        What can't be applied now (a node is away) is logged. Raises LedgerMismatch for a stack of another ledger, and
+        EngineError.
+        """
         new = engine.ensure_stack()
         fingerprint = _fingerprint(self.cluster)
         if not new and self.ledger.fact(APPLIED) == fingerprint:
@@ -169,9 +178,13 @@ class ControlPlane:
 
         result = engine.update(program)
         for urn, words in result.errors.items():
-            log.error("the cluster's file could not be applied", urn=urn or None, error=words)
-        if not result.errors:
-            self.ledger.write_fact(APPLIED, fingerprint)
+            error = error_of(words)
+            if isinstance(error, LedgerMismatch):
+                raise error
+            log.error("the cluster's file could not be applied", urn=urn or None, error=error.message)
+        if result.errors:
+            return
+        self.ledger.write_fact(APPLIED, fingerprint)
         log.info("cluster applied", nodes=len(self.cluster.nodes), took_s=round(result.duration_s, 2))
 
     def _converge(self) -> None:
