@@ -129,3 +129,10 @@ def test_released_ports_are_free_again(ledger: Ledger) -> None:
     assert ledger.instances.loads()[0].ports == {21000, 21001}
     ledger.instances.change("mu-test", lambda *_: Update(release_ports=True))
     assert ledger.instances.loads()[0].ports == frozenset()
+
+
+def test_what_is_committed_is_on_the_disk(tmp_path: Path) -> None:
+    opened = database.Database(tmp_path / "ledger.db")
+    with opened.read() as connection:
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2  # FULL
+    opened.close()
