@@ -108,7 +108,7 @@ class InstanceService:
         """Want a dormant instance back. Raises NotFound, Conflict and NoCapacity."""
 
         def decide(record: InstanceRecord, loads: LoadReader) -> Update | None:
-            if record.wanted is Wanted.RUNNING and record.status is Status.CREATING and record.restore_generation:
+            if record.operation == "reviving":
                 return None  # being revived already: this caller waits for the same outcome
             lifecycle.check_revivable(record)
             need = Need(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from provisioner.states import Status, Wanted
+from provisioner.states import UP, Status, Wanted
 
 
 class SnapshotState(StrEnum):
@@ -117,6 +117,8 @@ class InstanceRecord:
             return "making_dormant"
         if self.repair:
             return "repairing"
+        if self.status in UP:
+            return "restarting"  # after a dormancy that failed
         return "reviving" if self.restore_generation is not None else "creating"
 
 
