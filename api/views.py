@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from api import schemas
 from api.services import Services
 from provisioner.ledger.instances import NodeLoad
-from provisioner.ledger.records import EventRecord, InstanceRecord, NodeRecord, NodeStatus
+from provisioner.ledger.records import EventRecord, InstanceRecord, NodeRecord, NodeStatus, SnapshotState
 from provisioner.ledger.samples import Scope, Usage
 from provisioner.states import UP
 
@@ -74,6 +74,7 @@ def _show_instance(
                 created_at=_moment(snapshot.created_at),
             )
             for snapshot in record.snapshots
+            if snapshot.state is not SnapshotState.EXPIRING  # on its way out: nothing can be restored from it
         ],
         restored_by=record.restored_by,
         restore_note=record.restore_note,
