@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
 from provisioner import lifecycle
 from provisioner.changes import Changes
@@ -25,11 +30,25 @@ NAMES = Names("unit")
 ID = "mu-test"
 
 
+@cache
+def _template() -> Path:
+    path = Path(tempfile.mkdtemp(prefix="machineuse-ledger-")) / "ledger.db"
+    atexit.register(shutil.rmtree, path.parent)
+    Ledger.create(path).close()
+    return path
+
+
+def empty_ledger(directory: Path) -> Ledger:
+    """Return an empty ledger in that directory: a copy of one that was migrated once."""
+    return Ledger.open(Path(shutil.copy(_template(), directory)))
+
+
 class World:
     """One cluster; `crash` throws the converger away like a kill -9 does."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, *, attempts: int = 2) -> None:
         self.ledger = ledger
+        self.attempts = attempts
         self.engine = FakeEngine(NAMES)
         self.preparing: set[str] = set()
         """Instances whose step is being prepared."""
@@ -47,7 +66,7 @@ class World:
         self.converger = Converger(
             self.ledger,
             cluster=ClusterSpec(name="unit"),
-            settings=Settings(create_attempts=2),
+            settings=Settings(create_attempts=self.attempts),
             engine=self.engine,
             changes=Changes(),
             await_ready=self.await_ready,

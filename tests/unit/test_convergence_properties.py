@@ -7,48 +7,34 @@ last is followed to the end.
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from provisioner import lifecycle, readiness
 from provisioner.errors import Conflict, EngineError, NotFound
-from provisioner.ledger import Ledger
 from provisioner.ledger.instances import Update
 from provisioner.ledger.records import InstanceRecord
 from provisioner.specs import specs_of
 from provisioner.states import UP, Status, Wanted
 from tests.support.fake_engine import EMPTY, Died, declared_urns, instance_of
-from tests.support.world import NAMES, World
+from tests.support.world import NAMES, World, empty_ledger
 
 IDS = ("mu-a", "mu-b")
-ids = st.sampled_from(IDS)
-wishes = st.sampled_from(["create", "dormant", "revive", "delete", "kill"])
+ids = st.sampled_from((IDS[0], IDS[0], IDS[1]))
 PARTS = ("Snapshot", "Restore", "volume:", "container:")
-troubles = st.just("") | st.sampled_from(
-    [
-        *(f"fail {part}" for part in PARTS),
-        *(f"fail_delete {part}" for part in PARTS),
-        *(f"die {when}" for when in ("before", "during", "after")),
-        f"late {IDS[0]}",
-        "down",
-    ]
+TROUBLES = (
+    *(f"fail {part}" for part in PARTS),
+    *(f"fail_delete {part}" for part in PARTS),
+    *(f"die {when}" for when in ("before", "during", "after")),
+    f"late {IDS[0]}",
+    "down",
 )
-CODES = ("docker_error", "node_unreachable", "port_taken", "snapshot_corrupt", "invalid_request")
-
-
-@cache
-def template() -> Path:
-    """Return an empty ledger, made once."""
-    path = Path(tempfile.mkdtemp(prefix="machineuse-ledger-")) / "ledger.db"
-    Ledger.create(path).close()
-    return path
+CODES = ("docker_error", "port_taken", "snapshot_corrupt")
 
 
 class Convergence(RuleBasedStateMachine):
@@ -57,26 +43,35 @@ class Convergence(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self._directory = tempfile.TemporaryDirectory(prefix="machineuse-world-")
-        path = shutil.copy(template(), self._directory.name)
-        self.world = World(Ledger.open(Path(path)))
-        self.world.answering = False
         self.written: dict[str, str] = {}
         """What was written last by each instance's user."""
         self.lives = 0
 
+    @initialize(attempts=st.integers(1, 2))
+    def begin(self, attempts: int) -> None:
+        self.world = World(empty_ledger(Path(self._directory.name)), attempts=attempts)
+        self.world.answering = False
+
     # ---- what people do
 
-    @rule(wish=wishes, instance_id=ids)
-    def wish(self, wish: str, instance_id: str) -> None:
-        known = self.world.ledger.instances.find(instance_id) is not None
-        if wish == "create" and known:
-            return
-        try:
-            self.world.wish_step(wish, instance_id)
-        except (Conflict, NotFound):
-            return
-        if wish in ("delete", "kill"):
-            self.written.pop(instance_id, None)
+    @rule(instance_id=ids, trouble=st.sampled_from(TROUBLES), code=st.sampled_from(CODES))
+    def wish_in_vain(self, instance_id: str, trouble: str, code: str) -> None:
+        """Wish what usually comes next, and have the first step towards it go wrong."""
+        self.wish_next(instance_id)
+        self.step(trouble, code=code)
+
+    @rule(instance_id=ids)
+    def wish_next(self, instance_id: str) -> None:
+        """Wish what usually comes next."""
+        record = self.world.ledger.instances.find(instance_id)
+        if record is None:
+            self.wish("create", instance_id)
+        else:
+            self.wish("revive" if record.status is Status.DORMANT else "dormant", instance_id)
+
+    @rule(instance_id=ids, force=st.booleans())
+    def delete(self, instance_id: str, force: bool) -> None:
+        self.wish("kill" if force else "delete", instance_id)
 
     @rule(instance_id=ids)
     def use(self, instance_id: str) -> None:
@@ -89,8 +84,17 @@ class Convergence(RuleBasedStateMachine):
 
     # ---- what the service does
 
-    @rule(trouble=troubles, code=st.sampled_from(CODES), meanwhile=st.none() | st.tuples(wishes, ids))
-    def step(self, trouble: str, code: str, meanwhile: tuple[str, str] | None) -> None:
+    @rule(trouble=st.sampled_from(TROUBLES), code=st.sampled_from(CODES))
+    def stumble(self, trouble: str, code: str) -> None:
+        """Take a step that goes wrong."""
+        self.step(trouble, code=code)
+
+    @rule(trouble=st.sampled_from(["", *TROUBLES]), code=st.sampled_from(CODES), instance_id=ids)
+    def be_overtaken(self, trouble: str, code: str, instance_id: str) -> None:
+        """Take a step while whose update runs somebody wishes something else."""
+        self.step(trouble, code=code, meanwhile=lambda: self.wish("delete", instance_id))
+
+    def step(self, trouble: str, *, code: str, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Take one step; its update may fail in part or as a whole, its process die, a wish come while it runs."""
         engine = self.world.engine
         kind, _, what = trouble.partition(" ")
@@ -104,8 +108,7 @@ class Convergence(RuleBasedStateMachine):
             engine.down = EngineError("It is down.")
         elif kind == "late":
             self.world.preparing = {what}
-        if meanwhile is not None:
-            engine.meanwhile = lambda: self.wish(*meanwhile)
+        engine.meanwhile = meanwhile
         self.forget_retries()
         try:
             self.world.converger.step()
@@ -121,9 +124,11 @@ class Convergence(RuleBasedStateMachine):
         self.settle()
         self.world.answering = False
 
-    @rule()
-    def restart(self) -> None:
-        self.world.crash()
+    @rule(instance_id=ids)
+    def live(self, instance_id: str) -> None:
+        """The next thing is wished, and done."""
+        self.wish_next(instance_id)
+        self.calm()
 
     @rule(instance_id=ids, ready=st.booleans())
     def hear_of_browser(self, instance_id: str, ready: bool) -> None:
@@ -173,6 +178,11 @@ class Convergence(RuleBasedStateMachine):
                 assert self.made[volume] == written, "it failed, but its profile is there"
 
     @invariant()
+    def ports_are_promised_to_who_has_them(self) -> None:
+        promised = {port for load in self.world.ledger.instances.loads() for port in load.ports}
+        assert promised == {port for record in self.world.ledger.instances.all() for port in self.ports_of(record)}
+
+    @invariant()
     def a_full_program_changes_nothing_that_is_settled(self) -> None:
         """`pulumi preview` shows no change for what is as it should be."""
         settled = {
@@ -205,6 +215,15 @@ class Convergence(RuleBasedStateMachine):
 
     # ---- helpers
 
+    def wish(self, wish: str, instance_id: str) -> None:
+        """Wish something; who may not is told so."""
+        try:
+            self.world.wish_step(wish, instance_id)
+        except (Conflict, NotFound):
+            return
+        if wish in ("delete", "kill"):
+            self.written.pop(instance_id, None)
+
     @property
     def made(self) -> dict[str, str]:
         return self.world.engine.made
@@ -235,5 +254,5 @@ class Convergence(RuleBasedStateMachine):
         return {urn for urn in self.made if "Snapshot" in urn}
 
 
-Convergence.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None, derandomize=True)
+Convergence.TestCase.settings = settings(max_examples=25, stateful_step_count=25, deadline=None, derandomize=True)
 TestConvergence = Convergence.TestCase

@@ -15,20 +15,19 @@ from provisioner import converger, lifecycle
 from provisioner.converger import find_error, plan
 from provisioner.engine import UpdateResult
 from provisioner.errors import DockerError, EngineError, SnapshotFailed
-from provisioner.ledger import Ledger
 from provisioner.ledger.instances import Update
 from provisioner.ledger.records import SnapshotRecord, SnapshotState
 from provisioner.states import Status, Wanted
 from tests.support.fake_engine import Died
 from tests.support.records import make_record
-from tests.support.world import ID, NAMES, World
+from tests.support.world import ID, NAMES, World, empty_ledger
 
 VOLUME, CONTAINER = NAMES.volume_urn(ID), NAMES.container_urn(ID)
 
 
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
-    world = World(Ledger.create(tmp_path / "ledger.db"))
+    world = World(empty_ledger(tmp_path))
     yield world
     world.ledger.close()
 
@@ -357,3 +356,36 @@ def test_a_failed_dormancy_takes_no_older_snapshot_s_place() -> None:
     update = lifecycle.note_snapshot(record, generation=6, size_bytes=1, keep=2)
     assert update is not None
     assert [s.generation for s in update.put_snapshots] == [6]  # 2 is the one older that is kept
+
+
+@pytest.mark.parametrize("die", [None, "during"])
+@pytest.mark.parametrize("fail", ["nothing", "Snapshot", "Restore", "volume:", "container:"])
+@pytest.mark.parametrize("wishes", [JOURNEY[:1], JOURNEY[:2], JOURNEY[:3]], ids=lambda wishes: wishes[-1])
+def test_a_delete_during_an_update_wins_whatever_becomes_of_that(
+    world: World, wishes: tuple[str, ...], fail: str, die: str | None
+) -> None:
+    for wish in wishes[:-1]:
+        world.wish_step(wish)
+        world.settle()
+    world.wish_step(wishes[-1])
+    world.engine.fail = {fail: "No. [invalid_request]"}
+    world.engine.die = die
+    wished: list[str] = []
+
+    def delete() -> None:
+        world.wish_step("delete")
+        wished.append("delete")
+
+    world.engine.meanwhile = delete
+    try:
+        world.converger.step()
+    except Died:
+        world.crash()
+    world.engine.fail, world.engine.die, world.engine.meanwhile = {}, None, lambda: None
+    if not wished:
+        delete()  # there was no update: the capture before it failed
+    assert world.record.wanted is Wanted.ABSENT
+    world.settle()
+    assert world.ledger.instances.all() == []
+    assert world.engine.resources == set()
+    assert world.engine.made == {}
