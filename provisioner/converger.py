@@ -3,7 +3,7 @@
 Level-triggered: what is wanted and not yet so is work, whoever wished it and however often this process was killed.
 Wishes that come while an update runs share the next one. Per instance the steps are
 
-    wanted running   CREATE                    then readiness (health.py) settles it
+    wanted running   CREATE                    then readiness.py settles it
     wanted dormant   SNAPSHOT, then SHED       SHED (delete container and volume) only of what is snapshotted, verified
                                                and recorded; never in the same update
     wanted absent    DELETE
@@ -131,7 +131,10 @@ class Converger:
         """Instances of an update that failed as a whole: one of them may be why, so each is tried alone."""
 
     def step(self) -> float | None:
-        """Run one update of what is due; return in how many seconds something is due again, None when nothing is."""
+        """Run an update of what is due; return in how many seconds something is due again, None when nothing is.
+
+        Repairs have an update of their own, and so has one suspect.
+        """
         now = time.time()
         planned = [work for record in self._ledger.instances.unsettled() if (work := plan(record, names=self._names))]
         self._suspects &= {work.record.id for work in planned}

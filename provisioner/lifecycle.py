@@ -230,7 +230,8 @@ def note_sleep_failed(record: InstanceRecord, *, generation: int, error: Machine
             "error_message": error.explain(),
             "error_generation": generation,
         }
-        | {"status": Status.RUNNING, "status_since": time.time(), "last_active_at": time.time()},
+        | {"last_active_at": time.time()}
+        | _become(record, Event.SLEEP_FAILED),
         put_snapshots=(dataclasses.replace(failed, state=SnapshotState.EXPIRING),) if failed is not None else (),
         event=("sleep_failed", error.explain()),
     )
@@ -256,7 +257,7 @@ def note_revive_failed(record: InstanceRecord, *, generation: int, error: Machin
 
 
 def note_failed(record: InstanceRecord, *, generation: int, error: MachineuseError) -> Update | None:
-    """Given up: it stays as it is, failed, until it is deleted."""
+    """Given up: it stays as it is, failed, until it is deleted or its browser answers after all."""
     if record.generation != generation or record.wanted is Wanted.ABSENT:
         return None
     return Update(

@@ -32,7 +32,7 @@ class Wanted(StrEnum):
 class Event(StrEnum):
     """What can happen to an instance."""
 
-    READY = "ready"  # its browser answers (or, without one, its container runs)
+    READY = "ready"  # its browser answers (or, without one, its container runs); a failed one's may yet
     QUIET = "quiet"  # nobody used it for a while
     ACTIVE = "active"  # somebody uses it again
     SLEEP = "sleep"  # somebody, or the idle timeout, asks for dormancy
@@ -75,9 +75,6 @@ TRANSITIONS: dict[tuple[Status, Event], Status] = {
     (Status.FAILED, Event.DELETE): Status.FAILED,
     (Status.FAILED, Event.READY): Status.RUNNING,
 }
-
-ALIVE = frozenset({Status.CREATING, Status.RUNNING, Status.IDLE})
-"""Statuses that hold memory, CPU and ports on a node."""
 
 UP = frozenset({Status.RUNNING, Status.IDLE})
 """Statuses in which a client can connect."""

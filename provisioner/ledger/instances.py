@@ -8,7 +8,6 @@ callers ever decide on the same state.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -250,8 +249,3 @@ def _read_loads(connection: sa.Connection) -> tuple[NodeLoad, ...]:
         )
         for node_id in sorted(counted.keys() | ports.keys())
     )
-
-
-def now() -> float:
-    """Return the time as the ledger writes it: seconds since the epoch."""
-    return time.time()
