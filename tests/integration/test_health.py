@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,52 +50,47 @@ class SecondEngine:
 
 
 @pytest.fixture
-def second_engine(tmp_path: Path) -> Iterator[SecondEngine]:
+def second_engine() -> Iterator[SecondEngine]:
     """Run another Docker engine that may be frozen.
 
     In a network namespace of its own: an engine with `--bridge=none` deletes the `docker0` that it sees, and the one of
     this machine belongs to the engine that everything else runs on.
     """
-    # A socket's path must be short.
-    url = f"unix:///run/machineuse-{os.getpid()}.sock"
-    log = (tmp_path / "dockerd.log").open("wb")
-    process = subprocess.Popen(
-        [
-            "unshare",
-            "--net",
-            "dockerd",
-            f"--data-root={tmp_path / 'data'}",
-            f"--exec-root={tmp_path / 'exec'}",
-            f"--pidfile={tmp_path / 'pid'}",
-            f"--host={url}",
-            "--bridge=none",
-            "--iptables=false",
-            "--ip6tables=false",
-            "--containerd-namespace=machineuse-test",
-            "--containerd-plugins-namespace=machineuse-test-plugins",
-        ],
-        stdout=log,
-        stderr=log,
-    )
+    # Not pytest's directory: the path of a socket must be short.
+    with tempfile.TemporaryDirectory(prefix="mu-", ignore_cleanup_errors=True) as name:
+        directory = Path(name)
+        url = f"unix://{directory}/docker.sock"
+        with (directory / "log").open("wb") as log:
+            process = subprocess.Popen(
+                [
+                    *("unshare", "--net", "dockerd", f"--host={url}", f"--pidfile={directory}/pid"),
+                    *(f"--data-root={directory}/data", f"--exec-root={directory}/exec"),
+                    *("--bridge=none", "--iptables=false", "--ip6tables=false"),
+                    *(
+                        "--containerd-namespace=machineuse-test",
+                        "--containerd-plugins-namespace=machineuse-test-plugins",
+                    ),
+                ],
+                stdout=log,
+                stderr=log,
+            )
 
-    def answers() -> bool:
-        assert process.poll() is None, (tmp_path / "dockerd.log").read_text()
-        hosts = DockerHosts(timeout_s=2)
-        try:
-            hosts.get(url).ping()
-        except NodeUnreachable:
-            return False
-        finally:
-            hosts.close()
-        return True
+        def answers() -> bool:
+            assert process.poll() is None, (directory / "log").read_text()
+            hosts = DockerHosts(timeout_s=2)
+            try:
+                hosts.get(url).ping()
+            except NodeUnreachable:
+                return False
+            finally:
+                hosts.close()
+            return True
 
-    wait_until(answers, what="the second engine answers")
-    yield SecondEngine(url=url, pid=process.pid)
-    process.send_signal(signal.SIGCONT)
-    process.terminate()
-    process.wait(timeout=30)
-    log.close()
-    Path(url.removeprefix("unix://")).unlink(missing_ok=True)
+        wait_until(answers, what="the second engine answers")
+        yield SecondEngine(url=url, pid=process.pid)
+        process.send_signal(signal.SIGCONT)
+        process.terminate()
+        process.wait(timeout=30)
 
 
 def test_a_node_that_answers_is_online_with_what_it_has(watched: Watched) -> None:
