@@ -45,11 +45,11 @@ def provide_versitygw(step: Step) -> None:
             partial = program.parent.with_name(f"{program.parent.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            step.say(f"building versitygw {VERSITYGW_VERSION} with Go: about two minutes on two cores, once per user")
+            step.say(f"building versitygw {VERSITYGW_VERSION} with Go: two to five minutes on two cores, once per user")
             step.run(
                 [go, "install", "-v", f"github.com/versity/versitygw/cmd/versitygw@v{VERSITYGW_VERSION}"],
                 cwd=partial,
-                env={"GOBIN": str(partial), "GOFLAGS": "-trimpath"},
+                env={"GOBIN": str(partial)},
                 timeout_s=_GO_TIMEOUT_S,
                 what="building versitygw",
                 count="packages",

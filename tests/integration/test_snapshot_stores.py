@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from provisioner.snapshots.mark import Method
 from provisioner.snapshots.s3 import S3Store
 from provisioner.snapshots.store import SnapshotStore, SnapshotWriter, verify_snapshot
 from provisioner.snapshots.tars import write_part
+from tests.conftest import StartService
 from tests.integration.test_snapshots import FILL, Node
 from tests.support.s3_server import S3Server
 
@@ -332,6 +334,14 @@ def test_a_server_that_is_away_is_no_missing_snapshot(bucket: Bucket) -> None:
         with pytest.raises(SnapshotFailed, match="can't be reached") as caught:
             attempt()
         assert "endpoint" in (caught.value.resolution or "")
+
+
+def test_a_store_that_is_away_keeps_nobody_from_serving(start_service: StartService) -> None:
+    service = start_service(snapshot_store="s3://snapshots?endpoint=http://127.0.0.1:1")
+    deadline = time.monotonic() + 60
+    while "can't be reached" not in service.log():
+        assert time.monotonic() < deadline, service.log()
+        time.sleep(0.2)
 
 
 def test_a_store_that_can_not_be_right_is_refused_at_once() -> None:
