@@ -336,7 +336,8 @@ def test_a_server_that_is_away_is_no_missing_snapshot(bucket: Bucket) -> None:
         assert "endpoint" in (caught.value.resolution or "")
 
 
-def test_a_store_that_is_away_keeps_nobody_from_serving(start_service: StartService) -> None:
+def test_a_store_that_is_away_keeps_nobody_from_serving(start_service: StartService, bucket: Bucket) -> None:
+    del bucket  # only the keys
     service = start_service(snapshot_store="s3://snapshots?endpoint=http://127.0.0.1:1")
     deadline = time.monotonic() + 60
     while "can't be reached" not in service.log():
