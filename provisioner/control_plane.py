@@ -37,7 +37,7 @@ from provisioner.readiness import Readiness
 from provisioner.repair import Repair
 from provisioner.service import InstanceService
 from provisioner.settings import Settings
-from provisioner.snapshots.directory import DirectoryStore
+from provisioner.snapshots.location import open_store
 from provisioner.specs import specs_of
 from stacks.cluster import declare
 from stacks.spec import ClusterSpec
@@ -65,7 +65,7 @@ class ControlPlane:
         self.ledger.nodes.sync(self.cluster.nodes)
         self.changes = Changes()
         self.hosts = DockerHosts(timeout_s=settings.node_timeout_s)
-        self.store = DirectoryStore(settings.snapshots_dir)
+        self.store = open_store(settings)
         guard = LedgerGuard(self.ledger, stop_timeout_s=settings.stop_timeout_s)
         docker = DockerProvider(hosts=self.hosts, policy=guard)
         self._plugins = PluginHost([docker, MachineusePlugin(store=self.store, hosts=self.hosts, policy=guard)])
@@ -108,6 +108,8 @@ class ControlPlane:
             Loop("idle", idle.step, every_s=settings.idle_check_s),
             Loop("disk", disk.step, every_s=settings.disk_check_s),
             Loop("sampler", sampler.step, every_s=settings.sample_s),
+            # In a loop, not in the way of the start: a store that can't be reached is a warning, and tried again.
+            Loop("snapshot store", lambda: self.store.clean_up(older_than=ABANDONED_AFTER), every_s=PRUNE_EVERY_S),
             Loop("events", self.ledger.events.prune, every_s=PRUNE_EVERY_S),
         ]
         self._stopping = threading.Event()
@@ -119,7 +121,6 @@ class ControlPlane:
         Raises EngineError, LedgerMismatch and SetupError.
         """
         started = time.monotonic()
-        self.store.clean_up(older_than=ABANDONED_AFTER)
         self._nodes.beat_once()
         self._plugins.start()
         self._engine = Engine(self.settings, debug_providers=self._plugins.debug_providers)

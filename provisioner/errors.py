@@ -58,7 +58,7 @@ class Conflict(MachineuseError):
 
 
 class SnapshotFailed(Conflict):
-    """A snapshot could not be taken; the instance goes on as it was."""
+    """A snapshot could not be taken, or its store not be used; the instance goes on as it was. Worth another try."""
 
     code = "snapshot_failed"
 
@@ -73,6 +73,18 @@ class SnapshotMissing(Conflict):
     """The snapshot, or the copy of it that was asked for, is not there."""
 
     code = "snapshot_missing"
+
+
+class ObjectStorageError(MachineuseError):
+    """An S3 server refused, failed, or could not be reached."""
+
+    code = "object_storage_error"
+
+
+class ObjectMissing(ObjectStorageError):
+    """There is no such object."""
+
+    code = "object_missing"
 
 
 class NoCapacity(MachineuseError):

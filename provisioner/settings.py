@@ -55,7 +55,8 @@ class Settings(BaseSettings):
     snapshot_keep: int = Field(default=1, ge=1)
     """How many snapshots of an instance are kept once a newer one is verified."""
     snapshot_store: str | None = None
-    """A directory's path; by default `snapshots` in the data directory."""
+    """A directory's path, by default `snapshots` in the data directory; or `s3://bucket/prefix?endpoint=…&region=…&sse=…`,
+    with its keys where boto3 looks for them (AWS_ACCESS_KEY_ID, AWS_PROFILE, the machine's role)."""
 
     @model_validator(mode="after")
     def _resolve(self) -> Self:
@@ -85,7 +86,7 @@ class Settings(BaseSettings):
 
     @property
     def snapshots_dir(self) -> Path:
-        """Return the directory of the snapshot store."""
+        """Return the directory of the snapshot store, where it is one."""
         return Path(self.snapshot_store).expanduser() if self.snapshot_store else self.data_dir / "snapshots"
 
     @property

@@ -21,9 +21,9 @@ def build_plugin(package: str, *, engine_address: str) -> PluginServicer:
 
         return DockerProvider(hosts=hosts, policy=policy, engine_address=engine_address)
     from provisioner.plugins.machineuse.servicer import MachineusePlugin
-    from provisioner.snapshots.directory import DirectoryStore
+    from provisioner.snapshots.location import open_store
 
-    store = DirectoryStore(settings.snapshots_dir)
+    store = open_store(settings)
     return MachineusePlugin(store=store, hosts=hosts, policy=policy, engine_address=engine_address)
 
 

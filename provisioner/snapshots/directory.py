@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
-import json
 import os
 import secrets
 import time
@@ -21,12 +19,12 @@ from pathlib import Path
 from typing import IO
 
 import structlog
-from pydantic import ValidationError
 
 from provisioner.errors import SnapshotCorrupt, SnapshotFailed, SnapshotMissing
-from provisioner.snapshots.manifest import FORMAT_VERSION, Manifest, Part, PartName, SnapshotId
+from provisioner.snapshots.checked import CheckedReader, corrupt_part, parse_manifest
+from provisioner.snapshots.manifest import Manifest, Part, PartName, SnapshotId
 from provisioner.snapshots.store import check_part
-from provisioner.snapshots.tars import CHUNK_BYTES, Readable, Writable
+from provisioner.snapshots.tars import Readable, Writable
 
 log = structlog.get_logger(__name__)
 
@@ -71,13 +69,7 @@ class DirectoryStore:
             raise SnapshotMissing(
                 f"Snapshot {snapshot} can't be read: {error.strerror}.", detail=str(error), resolution=_resolve(error)
             ) from error
-        try:
-            manifest = Manifest.model_validate_json(data)
-        except ValidationError as error:
-            raise SnapshotCorrupt(_unreadable(snapshot, data), detail=f"{path}: {error}") from error
-        if manifest.id != snapshot:
-            raise SnapshotCorrupt(f"The manifest of snapshot {snapshot} belongs to {manifest.id}.", detail=str(path))
-        return manifest
+        return parse_manifest(data, snapshot, where=str(path))
 
     @contextmanager
     def open_part(self, manifest: Manifest, name: PartName) -> Iterator[Readable]:
@@ -223,37 +215,6 @@ class DirectoryWriter:
         return self._directory / f".{name.value}.{self._token}.tmp"
 
 
-class CheckedReader:
-    """Reads a part's stored bytes and raises `SnapshotCorrupt` where they end if they are not those of the manifest."""
-
-    def __init__(self, file: Readable, part: Part, *, snapshot: SnapshotId) -> None:
-        self._file = file
-        self._part = part
-        self._snapshot = snapshot
-        self._digest = hashlib.sha256()
-        self._bytes = 0
-
-    def read(self, size: int = -1, /) -> bytes:
-        """Return at most `size` bytes, b"" at the end."""
-        try:
-            data = self._file.read(size if size >= 0 else CHUNK_BYTES)
-        except OSError as error:
-            raise self._corrupt(str(error)) from error
-        self._digest.update(data)
-        self._bytes += len(data)
-        if self._bytes >= self._part.bytes:
-            if self._bytes > self._part.bytes:
-                raise self._corrupt(f"it is longer than {self._part.bytes} bytes")
-            if self._digest.hexdigest() != self._part.sha256:
-                raise self._corrupt(f"SHA-256 {self._digest.hexdigest()}, expected {self._part.sha256}")
-        elif not data:
-            raise self._corrupt(f"it ends after {self._bytes} of {self._part.bytes} bytes")
-        return data
-
-    def _corrupt(self, detail: str) -> SnapshotCorrupt:
-        return _corrupt(self._part, self._snapshot, detail)
-
-
 class _WholeWrites:
     """An unbuffered file whose `write` takes everything: one raw write may take less."""
 
@@ -274,20 +235,12 @@ def _create(path: Path) -> IO[bytes]:
     return os.fdopen(descriptor, "wb", buffering=0)
 
 
-def _corrupt(part: Part, snapshot: SnapshotId, detail: str) -> SnapshotCorrupt:
-    return SnapshotCorrupt(
-        f"The archive {part.name.value} of snapshot {snapshot} is damaged. It is kept; nothing was restored from it.",
-        detail=detail,
-        resolution="Restore the file from a backup of the snapshot store, or delete the instance.",
-    )
-
-
 @contextmanager
 def _open_to_read(path: Path, part: Part, snapshot: SnapshotId) -> Iterator[IO[bytes]]:
     try:
         file = path.open("rb", buffering=0)
     except OSError as error:
-        raise _corrupt(part, snapshot, str(error)) from error
+        raise corrupt_part(part, snapshot, str(error)) from error
     with file:
         yield file
 
@@ -311,14 +264,6 @@ def _resolve(error: OSError) -> str | None:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
         return "Make the directory writable for the service, or set MACHINEUSE_SNAPSHOT_STORE to one that is."
     return None
-
-
-def _unreadable(snapshot: SnapshotId, data: bytes) -> str:
-    with contextlib.suppress(ValueError, AttributeError):
-        version = json.loads(data).get("format_version")
-        if version not in (None, FORMAT_VERSION):
-            return f"Snapshot {snapshot} has format {version}; this version reads format {FORMAT_VERSION}."
-    return f"The manifest of snapshot {snapshot} is damaged; the snapshot is kept, and nothing was restored from it."
 
 
 def _make_private(directory: Path) -> None:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from provisioner.errors import SetupError
 from provisioner.toolchain.locks import locked
 from provisioner.toolchain.packages import install_packages
 from provisioner.toolchain.pulumi_cli import cache_dir
@@ -15,12 +16,46 @@ if TYPE_CHECKING:
     from provisioner.toolchain.progress import Step
 
 PUPPETEER_VERSION = "24.10.0"
+VERSITYGW_VERSION = "1.8.0"
 _NPM_TIMEOUT_S = 600
+_GO_TIMEOUT_S = 1800
 
 
 def puppeteer_dir() -> Path:
     """Return the directory whose `node_modules` has puppeteer-core; use it as NODE_PATH or as working directory."""
     return cache_dir() / f"puppeteer-{PUPPETEER_VERSION}"
+
+
+def versitygw_path() -> Path:
+    """Return the S3 server that the snapshot store's tests run against."""
+    return cache_dir() / f"versitygw-{VERSITYGW_VERSION}" / "versitygw"
+
+
+def provide_versitygw(step: Step) -> None:
+    """Make sure that the S3 server is there, built with Go. Raises SetupError where there is no Go, or it fails."""
+    program = versitygw_path()
+    with locked(program.parent.with_name(f"{program.parent.name}.lock"), step=step, waiting_for="building versitygw"):
+        if not program.exists():
+            go = shutil.which("go")
+            if go is None:
+                raise SetupError(
+                    "There is no Go to build versitygw with, the S3 server that the tests use.",
+                    resolution="Install Go 1.25 or newer and run this again.",
+                )
+            partial = program.parent.with_name(f"{program.parent.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            step.say(f"building versitygw {VERSITYGW_VERSION} with Go: two to five minutes on two cores, once per user")
+            step.run(
+                [go, "install", "-v", f"github.com/versity/versitygw/cmd/versitygw@v{VERSITYGW_VERSION}"],
+                cwd=partial,
+                env={"GOBIN": str(partial)},
+                timeout_s=_GO_TIMEOUT_S,
+                what="building versitygw",
+                count="packages",
+            )
+            partial.rename(program.parent)
+    step.outcome = f"versitygw {VERSITYGW_VERSION}"
 
 
 def provide_selenium_driver(step: Step) -> None:

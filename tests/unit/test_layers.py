@@ -20,8 +20,8 @@ SOURCES = sorted(
 
 DOORS = {
     "docker": ["provisioner.docker_hosts"],
-    "boto3": [],
-    "botocore": [],
+    "boto3": ["provisioner.object_storage"],
+    "botocore": ["provisioner.object_storage"],
     "pulumi.automation": [
         "provisioner.engine",
         "provisioner.language_host",
