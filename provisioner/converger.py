@@ -114,7 +114,7 @@ class Converger:
         sweep: Callable[[InstanceRecord], None],
     ) -> None:
         """Run updates with `engine`. `prepare` says whether a step may be run now, or raises why it never may;
-        `sweep` removes what is left of a deleted instance that the stack did not know;
+        `sweep` removes an instance's container and volume where the stack does not know them;
         `await_ready` is told of every instance whose container has started."""
         self._ledger = ledger
         self._cluster = cluster
@@ -253,14 +253,16 @@ class Converger:
                     keep=self._settings.snapshot_keep,
                 ),
             )
-        elif work.step is Step.SHED:
-            self._change(record, lambda r: lifecycle.note_dormant(r, generation=generation))
         elif work.step is Step.TIDY:
             self._change(record, lambda r: lifecycle.note_tidied(r, generations=record.obsolete_snapshots))
-        else:
-            self._finish_delete(work, result)
+        elif self._is_swept(work, result):
+            if work.step is Step.SHED:
+                self._change(record, lambda r: lifecycle.note_dormant(r, generation=generation))
+            else:
+                self._change(record, lifecycle.note_gone)
 
-    def _finish_delete(self, work: Work, result: UpdateResult) -> None:
+    def _is_swept(self, work: Work, result: UpdateResult) -> bool:
+        """Remove the body of an instance that should have none, unless the update did; return whether it is gone."""
         record = work.record
         body = {self._names.container_urn(record.id), self._names.volume_urn(record.id)}
         try:
@@ -268,8 +270,8 @@ class Converger:
                 self._sweep(record)
         except MachineuseError as error:
             self._retry(work, error)
-        else:
-            self._change(record, lifecycle.note_gone)
+            return False
+        return True
 
     def _record_failure(self, work: Work, error: MachineuseError) -> None:
         record, generation = work.record, work.record.generation

@@ -177,10 +177,10 @@ class Preparation:
             log.debug("not started ahead", instance=record.id, error=error.message)  # the update meets it, and tells
 
     def sweep(self, record: InstanceRecord) -> None:
-        """Remove a deleted instance's container and volume, where the stack never got to know them. Idempotent.
+        """Remove the container and volume of an instance that should have none, where the stack does not know them.
 
-        An update that was killed, or never run, may have made them. Raises DockerError, but not for a node that does
-        not answer when the delete is forced: then they are noted, to be removed when it is back.
+        An update that was killed, or never run, may have made them. Idempotent. Raises DockerError, but not for a node
+        that does not answer when the delete is forced: then they are noted, to be removed when it is back.
         """
         node = self._cluster.node(record.node_id)
         if node is None:

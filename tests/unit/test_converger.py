@@ -389,3 +389,26 @@ def test_a_delete_during_an_update_wins_whatever_becomes_of_that(
     assert world.ledger.instances.all() == []
     assert world.engine.resources == set()
     assert world.engine.made == {}
+
+
+def test_a_revive_that_was_killed_and_then_failed_leaves_no_body_behind(world: World) -> None:
+    """The stack never got to know the body: it would run on, on ports that are somebody else's by then."""
+    for wish in ("create", "dormant"):
+        world.wish_step(wish)
+        world.settle()
+    world.wish_step("revive")
+    world.engine.die = "during"
+    with pytest.raises(Died):
+        world.converger.step()
+    world.engine.die = None
+    world.crash()
+    world.engine.fail = {"Restore": "The archive is damaged. [snapshot_corrupt]"}
+    world.converger.step()
+    world.engine.fail = {}
+    world.unswept = {ID: DockerError("busy")}
+    world.converger.step()
+    assert world.record.settled_generation < world.record.generation
+    world.unswept = {}
+    world.settle()
+    assert world.record.status is Status.DORMANT
+    assert list(world.engine.made) == [NAMES.snapshot_urn(ID, 2)]
