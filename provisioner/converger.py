@@ -138,7 +138,8 @@ class Converger:
         now = time.time()
         planned = [work for record in self._ledger.instances.unsettled() if (work := plan(record, names=self._names))]
         self._suspects &= {work.record.id for work in planned}
-        due = [work for work in planned if work.record.retry_at <= now]
+        # A time further away than any retry was written by a clock that has been set back since.
+        due = [work for work in planned if not now < work.record.retry_at <= now + MAX_RETRY_S]
         if not due:
             return max(min(work.record.retry_at for work in planned) - now, 0.0) if planned else None
         batch = list(islice((work for work in self._set_apart(due) if self._is_prepared(work)), BATCH))

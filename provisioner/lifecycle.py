@@ -286,8 +286,15 @@ def note_retry(record: InstanceRecord, *, generation: int, error: MachineuseErro
     said = {"error_code": error.code, "error_message": error.explain()} if record.error_generation is None else {}
     return Update(
         values={"attempts": record.attempts + 1, "retry_at": time.time() + delay_s} | said,
-        event=("retry", f"{error.explain()} Trying again in {delay_s:.0f} s."),
+        event=("retry", f"{error.explain()} Trying again in {delay_s:.0f} s.")
+        if _is_telling(record.attempts)
+        else None,
     )
+
+
+def _is_telling(attempts: int) -> bool:
+    """Say whether one more failed try is worth an event: the first few are, then about one an hour."""
+    return attempts < 5 or attempts % 60 == 0
 
 
 def note_node_back(record: InstanceRecord) -> Update | None:

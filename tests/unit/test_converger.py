@@ -6,6 +6,7 @@ loses nothing, because the work is found again.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -412,3 +413,10 @@ def test_a_revive_that_was_killed_and_then_failed_leaves_no_body_behind(world: W
     world.settle()
     assert world.record.status is Status.DORMANT
     assert list(world.engine.made) == [NAMES.snapshot_urn(ID, 2)]
+
+
+def test_a_clock_that_was_set_back_delays_no_retry(world: World) -> None:
+    world.wish_step("create")
+    world.wish(lambda _: Update(values={"retry_at": time.time() + 86400}))
+    world.converger.step()
+    assert world.record.status is Status.RUNNING

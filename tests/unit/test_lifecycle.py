@@ -195,3 +195,15 @@ def test_what_waits_for_its_next_try_need_not_wait_once_its_node_is_back() -> No
     waiting = apply(record, lifecycle.note_retry(record, generation=2, error=DockerError("away"), delay_s=60))
     assert apply(waiting, lifecycle.note_node_back(waiting)).retry_at == 0
     assert lifecycle.note_node_back(record) is None
+
+
+def test_endless_retries_do_not_flood_the_events() -> None:
+    """A delete that waits for its node for weeks must not push out what happened to everybody else."""
+    told = []
+    for attempts in range(2000):
+        record = make_record(attempts=attempts)
+        update = lifecycle.note_retry(record, generation=1, error=DockerError("It is away."), delay_s=60)
+        assert update is not None
+        told.append(update.event is not None)
+    assert all(told[:5])
+    assert sum(told) < 50
