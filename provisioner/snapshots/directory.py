@@ -57,16 +57,18 @@ class DirectoryStore:
         """Return a snapshot's manifest.
 
         Raises:
-            SnapshotMissing: there is no such snapshot, or the store can't be read.
+            SnapshotMissing: there is no such snapshot.
+            SnapshotFailed: the store can't be read.
             SnapshotCorrupt: the manifest is not one of this snapshot.
         """
         path = self._directory(snapshot) / _MANIFEST
         try:
             data = path.read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise SnapshotMissing(f"There is no snapshot {snapshot}.", detail=str(path)) from None
         except OSError as error:
-            raise SnapshotMissing(
+            # Not "missing": what is only out of reach now must never be taken for gone.
+            raise SnapshotFailed(
                 f"Snapshot {snapshot} can't be read: {error.strerror}.", detail=str(error), resolution=_resolve(error)
             ) from error
         return parse_manifest(data, snapshot, where=str(path))
