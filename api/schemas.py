@@ -145,8 +145,8 @@ class Instance(_Answer):
         description="What that was built on, where its label `machineuse.base` tells: the project's browser image does."
     )
     operation: str | None = Field(
-        description="What is under way: creating, making_dormant, reviving, repairing, restarting (after a dormancy that"
-        " failed) or deleting; null for nothing."
+        description="What is under way: creating, making_dormant, reviving, repairing, restarting (after a dormancy"
+        " that failed) or deleting; null for nothing."
     )
     error: InstanceError | None
     node_status: NodeStatus
