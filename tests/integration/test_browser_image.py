@@ -351,7 +351,8 @@ class TestStatus:
     def test_asking_is_no_activity_and_a_client_is(self, playwright: Playwright) -> None:
         with running() as machine:
             asked = [machine.status() for _ in range(3)]
-            assert [answer["last_activity_s"] for answer in asked] == [answer["uptime_s"] for answer in asked]
+            for answer in asked:
+                assert answer["last_activity_s"] == pytest.approx(answer["uptime_s"], abs=0.1)
             assert asked[-1]["cdp_connections"] == 0
             with connected(playwright, machine):
                 during = machine.status()
