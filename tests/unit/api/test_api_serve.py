@@ -81,8 +81,8 @@ def test_elsewhere_and_in_the_file_it_is_json(tmp_path: Path) -> None:
     stream = io.StringIO()
     configure_logs(log_format="auto", directory=tmp_path / "logs", stream=stream)
     structlog.get_logger("api.test").info("request", method="GET", status=200)
-    logging.getLogger("alembic").warning("said %s", "this")
-    logging.getLogger("alembic").info("not said")
+    logging.getLogger("somebody.else").warning("said %s", "this")
+    logging.getLogger("somebody.else").info("not said")
     entries = [json.loads(line) for line in stream.getvalue().splitlines()]
     kept = [json.loads(line) for line in (tmp_path / "logs" / "machineuse.log").read_text().splitlines()]
     assert [entry["event"] for entry in kept] == [entry["event"] for entry in entries]
