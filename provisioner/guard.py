@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from provisioner.ledger import Ledger
 from provisioner.ledger.records import InstanceRecord, SnapshotState
 from provisioner.lifecycle import DELETED
-from provisioner.plugins.policy import INSTANCE_LABEL, LEDGER_LABEL, DeleteDecision
+from provisioner.plugins.policy import DeleteDecision
 from provisioner.states import Wanted
+from stacks.names import INSTANCE_LABEL, LEDGER_LABEL
 
 BODY_KINDS = frozenset({"container", "volume"})
 

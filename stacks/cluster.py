@@ -14,8 +14,8 @@ import pulumi_docker as docker
 from stacks import names
 from stacks.claim import Claim
 from stacks.instance import Instance
-from stacks.names import Names
-from stacks.spec import LABEL_PREFIX, ClusterSpec, InstanceSpec, NodeSpec
+from stacks.names import CLUSTER_LABEL, LEDGER_LABEL, URN_LABEL, Names
+from stacks.spec import ClusterSpec, InstanceSpec, NodeSpec
 
 WINDOW = 64
 """Resources whose registration is awaited together: the SDK's bookkeeping is quadratic in what is pending."""
@@ -49,9 +49,9 @@ def _declare_node(node: NodeSpec, *, spec: ClusterSpec, ledger_id: str) -> docke
     provider = docker.Provider(names.provider_name(node.id), host=node.host)
     name = names.network_name(node.id)
     labels = {
-        f"{LABEL_PREFIX}cluster": spec.name,
-        f"{LABEL_PREFIX}ledger": ledger_id,
-        f"{LABEL_PREFIX}urn": Names(spec.name).urn(names.NETWORK_TYPE, name),
+        CLUSTER_LABEL: spec.name,
+        LEDGER_LABEL: ledger_id,
+        URN_LABEL: Names(spec.name).urn(names.NETWORK_TYPE, name),
     }
     docker.Network(
         name,

@@ -17,12 +17,11 @@ import pulumi
 import pulumi_docker as docker
 
 from stacks import names
-from stacks.names import Names
+from stacks.names import CLUSTER_LABEL, INSTANCE_LABEL, LEDGER_LABEL, PIDS_LABEL, URN_LABEL, Names
 from stacks.snapshots import Restore, Snapshot
 from stacks.spec import (
     CDP_PORT,
     HOME_PATH,
-    LABEL_PREFIX,
     SECCOMP_PROFILE,
     STREAM_PORT,
     ClusterSpec,
@@ -85,13 +84,13 @@ def container_arguments(
         # An image that is no browser has a shell as its command: a terminal keeps it alive.
         "tty": None if spec.browser else True,
         "stdin_open": None if spec.browser else True,
-        "labels": [*labels, {"label": f"{LABEL_PREFIX}pids", "value": str(spec.pids)}],
+        "labels": [*labels, {"label": PIDS_LABEL, "value": str(spec.pids)}],
     }
 
 
 def _labels(spec: InstanceSpec, *, cluster: ClusterSpec, ledger_id: str, urn: str) -> list[dict[str, str]]:
-    labels = {"cluster": cluster.name, "instance": spec.id, "ledger": ledger_id, "urn": urn}
-    return [{"label": f"{LABEL_PREFIX}{key}", "value": value} for key, value in labels.items()]
+    labels = {CLUSTER_LABEL: cluster.name, INSTANCE_LABEL: spec.id, LEDGER_LABEL: ledger_id, URN_LABEL: urn}
+    return [{"label": label, "value": value} for label, value in labels.items()]
 
 
 class Instance(pulumi.ComponentResource):

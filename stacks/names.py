@@ -12,6 +12,13 @@ NETWORK_TYPE = "docker:index/network:Network"
 SNAPSHOT_TYPE = "machineuse:index:Snapshot"
 RESTORE_TYPE = "machineuse:index:Restore"
 
+CLUSTER_LABEL = "machineuse.cluster"
+LEDGER_LABEL = "machineuse.ledger"
+INSTANCE_LABEL = "machineuse.instance"
+URN_LABEL = "machineuse.urn"
+PIDS_LABEL = "machineuse.pids"
+"""Bounds the number of processes in a container: no input of pulumi_docker's Container does."""
+
 
 @dataclass(frozen=True, slots=True)
 class Names:

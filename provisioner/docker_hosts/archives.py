@@ -28,8 +28,7 @@ from provisioner.snapshots.machine import Change, ChangeKind, ContainerFacts, Ho
 from provisioner.snapshots.manifest import ImageIdentity
 from provisioner.snapshots.mark import MARK_NAME
 from provisioner.snapshots.tars import TarScanner
-
-INSTANCE_LABEL = "machineuse.instance"
+from stacks.names import INSTANCE_LABEL
 
 _STAMP = ".complete"
 _CHUNK_BYTES = 1 << 20

@@ -5,9 +5,9 @@ from __future__ import annotations
 import secrets
 
 from provisioner.docker_hosts.hosts import DockerHost
-from provisioner.docker_hosts.inventory import CLUSTER_LABEL, LEDGER_LABEL
 from provisioner.docker_hosts.volumes import remove_volume
 from provisioner.errors import DockerError, NodeUnreachable
+from stacks.names import CLUSTER_LABEL, LEDGER_LABEL
 from stacks.spec import LABEL_PREFIX
 
 PROBE_LABEL = f"{LABEL_PREFIX}probe"

@@ -8,11 +8,7 @@ from typing import Any
 
 from provisioner.docker_hosts.hosts import DockerHost
 from provisioner.errors import DockerNotFound
-from stacks.spec import LABEL_PREFIX
-
-CLUSTER_LABEL = f"{LABEL_PREFIX}cluster"
-LEDGER_LABEL = f"{LABEL_PREFIX}ledger"
-INSTANCE_LABEL = f"{LABEL_PREFIX}instance"
+from stacks.names import CLUSTER_LABEL, INSTANCE_LABEL, LEDGER_LABEL
 
 _LOG_BYTES = 4096
 

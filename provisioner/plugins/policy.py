@@ -10,11 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-INSTANCE_LABEL = "machineuse.instance"
-LEDGER_LABEL = "machineuse.ledger"
-URN_LABEL = "machineuse.urn"
-PIDS_LABEL = "machineuse.pids"
-"""Bounds the number of processes in a container: no input of pulumi_docker's Container does."""
+from stacks.names import INSTANCE_LABEL
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,8 +28,8 @@ from provisioner.plugins.docker.properties import (
     nano_cpus,
 )
 from provisioner.plugins.docker.shared import read_labels
-from provisioner.plugins.policy import PIDS_LABEL
 from provisioner.plugins.values import Properties
+from stacks.names import PIDS_LABEL
 
 MIB = 1024 * 1024
 

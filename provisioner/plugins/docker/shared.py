@@ -9,9 +9,10 @@ import structlog
 
 from provisioner.docker_hosts.hosts import LOCAL_ENGINE, DockerHost, DockerHosts
 from provisioner.errors import NodeUnreachable, StillWanted
-from provisioner.plugins.policy import LEDGER_LABEL, URN_LABEL, DeleteDecision, DeletePolicy
+from provisioner.plugins.policy import DeleteDecision, DeletePolicy
 from provisioner.plugins.resources import Call
 from provisioner.plugins.values import Properties
+from stacks.names import LEDGER_LABEL, URN_LABEL
 
 log = structlog.get_logger(__name__)
 

@@ -18,9 +18,10 @@ from provisioner.plugins.docker.properties import (
     keep_wording,
 )
 from provisioner.plugins.docker.shared import DockerResources, is_ours, read_labels, write_labels
-from provisioner.plugins.policy import LEDGER_LABEL, URN_LABEL, DeleteDecision
+from provisioner.plugins.policy import DeleteDecision
 from provisioner.plugins.resources import Call, Checked, Created, Difference, Found, ResourceType
 from provisioner.plugins.values import Properties
+from stacks.names import LEDGER_LABEL, URN_LABEL
 
 TOKEN = "docker:index/volume:Volume"
 TABLE = {

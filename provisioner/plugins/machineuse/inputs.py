@@ -13,8 +13,6 @@ from provisioner.plugins.values import Properties, has_unknowns
 from provisioner.snapshots.manifest import ID_PATTERN, SnapshotId
 from provisioner.snapshots.mark import Method
 
-CLUSTER_LABEL = "machineuse.cluster"
-
 
 class Inputs(BaseModel):
     """Base of the input models."""

@@ -11,13 +11,14 @@ from typing import ClassVar
 from provisioner.docker_hosts.archives import DockerMachine
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.errors import NodeUnreachable
-from provisioner.plugins.machineuse.inputs import CLUSTER_LABEL, RestoreInputs, check, differ, parse
-from provisioner.plugins.policy import LEDGER_LABEL, DeletePolicy
+from provisioner.plugins.machineuse.inputs import RestoreInputs, check, differ, parse
+from provisioner.plugins.policy import DeletePolicy
 from provisioner.plugins.resources import Call, Checked, Created, Difference, Found, ResourceType
 from provisioner.plugins.values import Properties
 from provisioner.snapshots.machine import Volumes
 from provisioner.snapshots.restore import RestoreRequest, restore, restored_tag
 from provisioner.snapshots.store import SnapshotStore
+from stacks.names import CLUSTER_LABEL, LEDGER_LABEL
 
 TYPE = "machineuse:index:Restore"
 _ANY_HOME = "/home/machine"

@@ -13,8 +13,8 @@ from typing import ClassVar
 from provisioner.docker_hosts.archives import DockerMachine
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.errors import NodeUnreachable, SnapshotCorrupt, SnapshotMissing, StillWanted
-from provisioner.plugins.machineuse.inputs import CLUSTER_LABEL, SnapshotInputs, check, differ, parse
-from provisioner.plugins.policy import INSTANCE_LABEL, LEDGER_LABEL, URN_LABEL, DeletePolicy
+from provisioner.plugins.machineuse.inputs import SnapshotInputs, check, differ, parse
+from provisioner.plugins.policy import DeletePolicy
 from provisioner.plugins.resources import Call, Checked, Created, Difference, Found, ResourceType
 from provisioner.plugins.values import Properties
 from provisioner.snapshots.capture import Capture, CaptureRequest, CaptureResult
@@ -22,6 +22,7 @@ from provisioner.snapshots.machine import Volumes
 from provisioner.snapshots.manifest import Manifest
 from provisioner.snapshots.restore import restored_tag
 from provisioner.snapshots.store import SnapshotStore
+from stacks.names import CLUSTER_LABEL, INSTANCE_LABEL, LEDGER_LABEL, URN_LABEL
 
 TYPE = "machineuse:index:Snapshot"
 _GENERATION_LABEL = "machineuse.generation"
