@@ -6,10 +6,10 @@ from typing import Annotated, Protocol
 
 from fastapi import Depends, Request
 
+from provisioner.cluster import Cluster
 from provisioner.ledger import Ledger
 from provisioner.service import InstanceService
 from provisioner.settings import Settings
-from stacks.spec import ClusterSpec
 
 
 class Services(Protocol):
@@ -20,7 +20,7 @@ class Services(Protocol):
         """Return the service's settings."""
 
     @property
-    def cluster(self) -> ClusterSpec:
+    def cluster(self) -> Cluster:
         """Return what the cluster's file says."""
 
     @property

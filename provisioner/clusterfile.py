@@ -9,7 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from provisioner.errors import SettingsError
-from stacks.spec import BROWSER_IMAGE, DEFAULT_IMAGE, ClusterSpec
+from stacks.spec import BROWSER_IMAGE, DEFAULT_IMAGE, FIELDS, ClusterSpec
 
 _FIRST = f"""\
 # One cluster: its nodes, and which image runs for which name. Change it, then restart the service or run `pulumi up`.
@@ -41,7 +41,7 @@ def read_cluster(project_dir: Path, *, cluster: str) -> ClusterSpec:
     except yaml.YAMLError as error:
         raise SettingsError(f"{path.name} is not YAML: {error}") from error
     config: dict[str, Any] = document.get("config") or {}
-    fields = {name: config[f"cluster:{name}"] for name in ("nodes", "images") if f"cluster:{name}" in config}
+    fields = {name: config[f"cluster:{name}"] for name in FIELDS if f"cluster:{name}" in config}
     try:
         return ClusterSpec.model_validate({"name": cluster, **fields})
     except ValidationError as error:

@@ -15,6 +15,7 @@ from datetime import timedelta
 import structlog
 
 from provisioner.changes import RECHECK_S, Changes
+from provisioner.cluster import Cluster
 from provisioner.clusterfile import read_cluster
 from provisioner.converger import GATHER_S, Converger
 from provisioner.disk import DiskWatch
@@ -60,7 +61,7 @@ class ControlPlane:
         self.settings = settings
         settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         settings.data_dir.chmod(0o700)
-        self.cluster = read_cluster(settings.project_dir, cluster=settings.cluster)
+        self.cluster = Cluster(read_cluster(settings.project_dir, cluster=settings.cluster))
         self.ledger = Ledger.create(settings.ledger_path)
         self.ledger.nodes.sync(self.cluster.nodes)
         self.changes = Changes()
@@ -169,13 +170,13 @@ class ControlPlane:
         EngineError.
         """
         new = engine.ensure_stack()
-        fingerprint = _fingerprint(self.cluster)
+        fingerprint = _fingerprint(self.cluster.spec)
         if not new and self.ledger.fact(APPLIED) == fingerprint:
             return
         wanted = specs_of(self.ledger.instances.all())
 
         async def program() -> None:
-            await declare(self.cluster, ledger_id=self.ledger.id, instances=wanted)
+            await declare(self.cluster.spec, ledger_id=self.ledger.id, instances=wanted)
 
         result = engine.update(program)
         for urn, words in result.errors.items():

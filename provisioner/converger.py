@@ -25,6 +25,7 @@ import structlog
 
 from provisioner import lifecycle
 from provisioner.changes import Changes
+from provisioner.cluster import Cluster
 from provisioner.engine import Program, UpdateResult
 from provisioner.errors import DockerNotFound, EngineError, MachineuseError, PortTaken, SnapshotFailed, StackLocked
 from provisioner.ledger import Ledger
@@ -37,7 +38,6 @@ from provisioner.specs import all_urns, body_urns, specs_of
 from provisioner.states import UP, Wanted
 from stacks.cluster import declare
 from stacks.names import COMPONENT_TYPE, NETWORK_TYPE, Names, if_there, network_name
-from stacks.spec import ClusterSpec
 
 log = structlog.get_logger(__name__)
 
@@ -105,7 +105,7 @@ class Converger:
         self,
         ledger: Ledger,
         *,
-        cluster: ClusterSpec,
+        cluster: Cluster,
         settings: Settings,
         engine: UpdateRunner,
         changes: Changes,
@@ -165,7 +165,7 @@ class Converger:
         """Make these nodes' networks: the node was away when the cluster was applied, or somebody removed them."""
 
         async def program() -> None:
-            await declare(self._cluster, ledger_id=self._ledger.id, instances=(), claim=False)
+            await declare(self._cluster.spec, ledger_id=self._ledger.id, instances=(), claim=False)
 
         networks = [self._names.urn(NETWORK_TYPE, network_name(node_id)) for node_id in sorted(node_ids)]
         try:
@@ -194,7 +194,7 @@ class Converger:
         specs = specs_of(work.record for work in batch)
 
         async def program() -> None:
-            await declare(self._cluster, ledger_id=self._ledger.id, instances=specs, claim=False)
+            await declare(self._cluster.spec, ledger_id=self._ledger.id, instances=specs, claim=False)
 
         targets = [urn for work in batch for urn in work.targets]
         try:

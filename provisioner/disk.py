@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import structlog
 
 from provisioner.browser_status import Ask, ask_all
+from provisioner.cluster import Cluster
 from provisioner.docker_hosts.disk import measure_volumes
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.docker_hosts.inventory import list_containers
@@ -21,7 +22,7 @@ from provisioner.ledger.instances import LoadReader, Update
 from provisioner.ledger.records import InstanceRecord, NodeStatus
 from provisioner.states import UP
 from stacks.names import Names
-from stacks.spec import ClusterSpec, NodeSpec
+from stacks.spec import NodeSpec
 
 log = structlog.get_logger(__name__)
 
@@ -50,7 +51,7 @@ def observe_disk(record: InstanceRecord, *, used_bytes: int) -> Update | None:
 class DiskWatch:
     """Disk use of one cluster's instances."""
 
-    def __init__(self, ledger: Ledger, *, cluster: ClusterSpec, hosts: DockerHosts, ask: Ask = ask_all) -> None:
+    def __init__(self, ledger: Ledger, *, cluster: Cluster, hosts: DockerHosts, ask: Ask = ask_all) -> None:
         self._ledger = ledger
         self._cluster = cluster
         self._hosts = hosts
@@ -81,7 +82,7 @@ class DiskWatch:
         self._ledger.instances.change_many(list(used), observe)
 
     def _measure(self, node: NodeSpec, records: list[InstanceRecord], *, homes: dict[str, int]) -> dict[str, int]:
-        host = self._hosts.get(node.host)
+        host = self._hosts.of(node)
         try:
             containers = list_containers(host, cluster=self._cluster.name, ledger_id=self._ledger.id, with_sizes=True)
             # Volumes of images without our agent: the engine has to walk through them all, so only where one is.

@@ -7,6 +7,7 @@ An engine that hangs costs one thread, its own, for a bounded time: it is not as
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
@@ -15,33 +16,37 @@ import structlog
 
 from provisioner import lifecycle, machine
 from provisioner.changes import Changes
+from provisioner.cluster import Cluster
 from provisioner.docker_hosts.disk import can_limit_volumes
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.errors import DockerError
 from provisioner.ledger import Ledger
 from provisioner.ledger.records import NodeStatus
 from provisioner.settings import Settings
-from stacks.spec import ClusterSpec, NodeSpec
+from stacks.spec import NodeSpec
 
 log = structlog.get_logger(__name__)
+
+MOST_NODES_AT_ONCE = 64
+"""Nodes that are asked side by side; those that hang each hold one of these threads."""
 
 
 class NodeHealth:
     """The heartbeats of one cluster's nodes."""
 
     def __init__(
-        self, ledger: Ledger, *, cluster: ClusterSpec, hosts: DockerHosts, settings: Settings, changes: Changes
+        self, ledger: Ledger, *, cluster: Cluster, hosts: DockerHosts, settings: Settings, changes: Changes
     ) -> None:
         self._ledger = ledger
         self._cluster = cluster
         self._hosts = hosts
         self._settings = settings
         self._changes = changes
-        self._pool = ThreadPoolExecutor(max_workers=len(cluster.nodes), thread_name_prefix="machineuse-heartbeat")
+        self._pool = ThreadPoolExecutor(max_workers=MOST_NODES_AT_ONCE, thread_name_prefix="machineuse-heartbeat")
         self._beats: dict[str, Future[None]] = {}
         self._quotas: dict[str, bool] = {}
         """Whether a node's volumes can be limited; asked once a connection."""
-        self._meters = {node.id: machine.CpuMeter() for node in cluster.nodes}
+        self._meters: defaultdict[str, machine.CpuMeter] = defaultdict(machine.CpuMeter)
 
     def step(self) -> None:
         """Ask every node whose last answer is in; return when all answered, at the latest after `heartbeat_s`."""
@@ -69,7 +74,7 @@ class NodeHealth:
             beat.result()
 
     def _beat(self, node: NodeSpec) -> None:
-        host = self._hosts.get(node.host)
+        host = self._hosts.of(node)
         try:
             host.ping()
             info = host.info()

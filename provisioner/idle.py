@@ -14,6 +14,7 @@ import structlog
 from provisioner import lifecycle
 from provisioner.browser_status import Ask, agent_url, ask_all
 from provisioner.changes import Changes
+from provisioner.cluster import Cluster
 from provisioner.errors import Conflict, NotFound
 from provisioner.ledger import Ledger
 from provisioner.ledger.instances import LoadReader, Update
@@ -21,12 +22,11 @@ from provisioner.ledger.records import InstanceRecord, NodeStatus
 from provisioner.service import InstanceService
 from provisioner.settings import Settings
 from provisioner.states import UP, Status
-from stacks.spec import ClusterSpec
 
 log = structlog.get_logger(__name__)
 
 
-def up_browsers(ledger: Ledger, *, cluster: ClusterSpec) -> tuple[dict[str, InstanceRecord], dict[str, str]]:
+def up_browsers(ledger: Ledger, *, cluster: Cluster) -> tuple[dict[str, InstanceRecord], dict[str, str]]:
     """Return the instances whose browser can be asked now, and where, both by id."""
     online = {node.id for node in ledger.nodes.list() if node.status is NodeStatus.ONLINE}
     records: dict[str, InstanceRecord] = {}
@@ -47,7 +47,7 @@ class IdleWatch:
         self,
         ledger: Ledger,
         *,
-        cluster: ClusterSpec,
+        cluster: Cluster,
         settings: Settings,
         service: InstanceService,
         changes: Changes,

@@ -11,10 +11,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from provisioner.cluster import Cluster
 from provisioner.docker_hosts import images
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.errors import DockerError, NodeUnreachable, UnknownImage
-from stacks.spec import CDP_PORT, ClusterSpec, NodeSpec
+from stacks.spec import CDP_PORT, NodeSpec
 
 REMEMBER_S = 30.0
 
@@ -34,7 +35,7 @@ class ResolvedImage:
 class ImageCatalogue:
     """Resolves names; asks the nodes' engines, and remembers their answers for a while."""
 
-    def __init__(self, cluster: ClusterSpec, *, hosts: DockerHosts) -> None:
+    def __init__(self, cluster: Cluster, *, hosts: DockerHosts) -> None:
         self._cluster = cluster
         self._hosts = hosts
         self._lock = threading.Lock()
@@ -59,7 +60,7 @@ class ImageCatalogue:
         reasons: list[str] = []
         silent: list[NodeUnreachable] = []
         for node in nodes:
-            host = self._hosts.get(node.host)
+            host = self._hosts.of(node)
             try:
                 found = images.find_image(host, image)
                 if found is not None:

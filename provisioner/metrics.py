@@ -8,6 +8,7 @@ does not tell what else runs there.
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 import structlog
 
 from provisioner import machine
+from provisioner.cluster import Cluster
 from provisioner.docker_hosts.hosts import DockerHost, DockerHosts
 from provisioner.docker_hosts.inventory import list_containers
 from provisioner.docker_hosts.stats import Reading, cpu_percent, read_container
@@ -24,7 +26,7 @@ from provisioner.ledger import Ledger
 from provisioner.ledger.records import InstanceRecord, NodeRecord, NodeStatus
 from provisioner.ledger.samples import HOUR, RAW, TEN_MINUTES, Sample, Scope, Usage
 from provisioner.states import Status
-from stacks.spec import ClusterSpec, NodeSpec
+from stacks.spec import NodeSpec
 
 log = structlog.get_logger(__name__)
 
@@ -96,13 +98,13 @@ def read_metrics(ledger: Ledger, *, period: str, node_id: str | None = None) -> 
 class Sampler:
     """Samples one cluster's nodes and instances."""
 
-    def __init__(self, ledger: Ledger, *, cluster: ClusterSpec, hosts: DockerHosts) -> None:
+    def __init__(self, ledger: Ledger, *, cluster: Cluster, hosts: DockerHosts) -> None:
         self._ledger = ledger
         self._cluster = cluster
         self._hosts = hosts
-        self._last: dict[str, dict[str, Reading]] = {node.id: {} for node in cluster.nodes}
+        self._last: defaultdict[str, dict[str, Reading]] = defaultdict(dict)
         """The last reading of each container, by node and container id."""
-        self._meters = {node.id: machine.CpuMeter() for node in cluster.nodes}
+        self._meters: defaultdict[str, machine.CpuMeter] = defaultdict(machine.CpuMeter)
         self._steps = 0
 
     def step(self) -> None:
@@ -122,7 +124,7 @@ class Sampler:
         self._steps += 1
 
     def _sample(self, node: NodeSpec, known: NodeRecord, *, records: Mapping[str, InstanceRecord]) -> list[Sample]:
-        host = self._hosts.get(node.host)
+        host = self._hosts.of(node)
         try:
             info = host.info()
             listed = list_containers(host, cluster=self._cluster.name, ledger_id=self._ledger.id)

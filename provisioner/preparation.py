@@ -20,6 +20,7 @@ from typing import Any
 import structlog
 
 from provisioner.changes import Changes
+from provisioner.cluster import Cluster
 from provisioner.converger import Step, Work
 from provisioner.docker_hosts.archives import DockerMachine
 from provisioner.docker_hosts.containers import kill_container, remove_container
@@ -40,7 +41,7 @@ from provisioner.specs import spec_of
 from provisioner.states import Wanted
 from stacks.instance import container_arguments, volume_arguments
 from stacks.names import Names
-from stacks.spec import HOME_PATH, ClusterSpec, NodeSpec
+from stacks.spec import HOME_PATH, NodeSpec
 
 log = structlog.get_logger(__name__)
 
@@ -61,7 +62,7 @@ class Preparation:
         self,
         ledger: Ledger,
         *,
-        cluster: ClusterSpec,
+        cluster: Cluster,
         hosts: DockerHosts,
         store: SnapshotStore,
         settings: Settings,
@@ -158,10 +159,10 @@ class Preparation:
         spec, node = spec_of(record), self._node_of(record)
         if spec is None:
             return
-        volume = volume_arguments(spec, cluster=self._cluster, ledger_id=self._ledger.id)
+        volume = volume_arguments(spec, cluster=self._cluster.spec, ledger_id=self._ledger.id)
         container = container_arguments(
             spec,
-            cluster=self._cluster,
+            cluster=self._cluster.spec,
             ledger_id=self._ledger.id,
             node=node,
             image=spec.image,
@@ -185,7 +186,7 @@ class Preparation:
         node = self._cluster.node(record.node_id)
         if node is None:
             return
-        host = self._hosts.get(node.host)
+        host = self._hosts.of(node)
         container, volume = self._names.docker_container(record.id), self._names.docker_volume(record.id)
         try:
             remove_container(host, container, kill=True)
@@ -209,7 +210,7 @@ class Preparation:
 
     def _kill(self, record: InstanceRecord) -> None:
         try:
-            host = self._hosts.get(self._node_of(record).host)
+            host = self._hosts.of(self._node_of(record))
             kill_container(host, self._names.docker_container(record.id))
         except MachineuseError as error:
             log.debug("could not kill", instance=record.id, error=error.message)  # the update removes it all the same
@@ -238,7 +239,7 @@ class Preparation:
 
     def _prepare_image(self, record: InstanceRecord) -> Callable[[InstanceRecord], None] | None:
         """Return the pull that the instance's node needs first; None when it has the image."""
-        host = self._hosts.get(self._node_of(record).host)
+        host = self._hosts.of(self._node_of(record))
         key = (host.url, record.image)
         if time.monotonic() - self._images.get(key, float("-inf")) < IMAGE_KNOWN_S:
             return None
@@ -248,7 +249,7 @@ class Preparation:
         return None
 
     def _pull(self, record: InstanceRecord) -> None:
-        host = self._hosts.get(self._node_of(record).host)
+        host = self._hosts.of(self._node_of(record))
         log.info("pulling image", image=record.image, node=record.node_id, instance=record.id)
         self._ledger.events.add(
             "pull", message=f"pulling {record.image}", instance_id=record.id, node_id=record.node_id
@@ -280,7 +281,7 @@ class Preparation:
                     generation=generation,
                 ),
             ),
-            machine=DockerMachine(self._hosts.get(node.host), helper_image=self._cluster.helper_image),
+            machine=DockerMachine(self._hosts.of(node), helper_image=self._cluster.helper_image),
             store=self._store,
             progress=lambda said: log.debug("snapshot", instance=record.id, progress=said),
         ).run()
@@ -298,7 +299,7 @@ class Preparation:
             copy = self._names.docker_copy(record.id, generation)
             if node is not None:
                 try:
-                    DockerMachine(self._hosts.get(node.host), helper_image=self._cluster.helper_image).remove_copy(copy)
+                    DockerMachine(self._hosts.of(node), helper_image=self._cluster.helper_image).remove_copy(copy)
                 except NodeUnreachable:
                     if not record.force:
                         raise

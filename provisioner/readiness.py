@@ -25,6 +25,7 @@ import structlog
 from provisioner import lifecycle
 from provisioner.browser_status import Ask, BrowserStatusClient, agent_url, ask_all
 from provisioner.changes import Changes
+from provisioner.cluster import Cluster
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.docker_hosts.inventory import ContainerState, describe_container, read_last_log
 from provisioner.errors import DockerError, NodeUnreachable, NotFound, NotReady
@@ -34,7 +35,7 @@ from provisioner.ledger.records import InstanceRecord
 from provisioner.settings import Settings
 from provisioner.states import UP, Status, Wanted
 from stacks.names import Names
-from stacks.spec import ClusterSpec, NodeSpec
+from stacks.spec import NodeSpec
 
 log = structlog.get_logger(__name__)
 
@@ -100,7 +101,7 @@ class Readiness:
         self,
         ledger: Ledger,
         *,
-        cluster: ClusterSpec,
+        cluster: Cluster,
         hosts: DockerHosts,
         settings: Settings,
         changes: Changes,
@@ -178,7 +179,7 @@ class Readiness:
         node = self._cluster.node(record.node_id)
         try:
             name = self._names.docker_container(record.id)
-            state = describe_container(self._hosts.get(node.host), name=name) if node is not None else None
+            state = describe_container(self._hosts.of(node), name=name) if node is not None else None
         except DockerError:
             return None
         return state.restart_count if state is not None and state.running else None
@@ -262,7 +263,7 @@ class Readiness:
         if not await self._in(self._writers, lambda: self._still_awaited(watch.record)):
             return True
         name = self._names.docker_container(watch.record.id)
-        host = self._hosts.get(watch.node.host)
+        host = self._hosts.of(watch.node)
         before = time.monotonic()
         try:
             state = await self._in(self._lookers, lambda: describe_container(host, name=name))
@@ -303,7 +304,7 @@ class Readiness:
 
     async def _failed(self, watch: Watch, *, reason: str) -> None:
         name = self._names.docker_container(watch.record.id)
-        host = self._hosts.get(watch.node.host)
+        host = self._hosts.of(watch.node)
         try:
             said = await self._in(self._lookers, lambda: read_last_log(host, name=name))
         except DockerError:

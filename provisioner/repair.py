@@ -9,7 +9,7 @@ must be seen in two looks in a row, and the ledger is asked once more in the tra
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -18,6 +18,7 @@ import structlog
 
 from provisioner import lifecycle
 from provisioner.changes import Changes
+from provisioner.cluster import Cluster
 from provisioner.docker_hosts.archives import DockerMachine
 from provisioner.docker_hosts.containers import remove_container
 from provisioner.docker_hosts.helpers import remove_helpers
@@ -25,13 +26,14 @@ from provisioner.docker_hosts.hosts import DockerHost, DockerHosts
 from provisioner.docker_hosts.inventory import ListedContainer, list_containers, list_volumes
 from provisioner.docker_hosts.volumes import remove_volume
 from provisioner.errors import DockerError, NotFound
+from provisioner.health import MOST_NODES_AT_ONCE
 from provisioner.ledger import Ledger
 from provisioner.ledger.records import InstanceRecord, NodeStatus
 from provisioner.lifecycle import DELETED
 from provisioner.snapshots.machine import RESTORED_REPOSITORY
 from provisioner.states import UP, Wanted
 from stacks.names import CONTAINER_TYPE, Names
-from stacks.spec import ClusterSpec, NodeSpec
+from stacks.spec import NodeSpec
 
 log = structlog.get_logger(__name__)
 
@@ -62,17 +64,17 @@ class Sightings:
 class Repair:
     """Looks after what is on the nodes of one cluster."""
 
-    def __init__(self, ledger: Ledger, *, cluster: ClusterSpec, hosts: DockerHosts, changes: Changes) -> None:
+    def __init__(self, ledger: Ledger, *, cluster: Cluster, hosts: DockerHosts, changes: Changes) -> None:
         self._ledger = ledger
         self._cluster = cluster
         self._hosts = hosts
         self._changes = changes
         self._names = Names(cluster.name)
-        self._lost = {node.id: Sightings() for node in cluster.nodes}
-        self._orphans = {(node.id, kind): Sightings() for node in cluster.nodes for kind in (_CONTAINER, _VOLUME)}
+        self._lost: defaultdict[str, Sightings] = defaultdict(Sightings)
+        self._orphans: defaultdict[tuple[str, str], Sightings] = defaultdict(Sightings)
         self._strangers: set[tuple[str, str]] = set()
         self._steps = 0
-        self._pool = ThreadPoolExecutor(max_workers=len(cluster.nodes), thread_name_prefix="machineuse-repair")
+        self._pool = ThreadPoolExecutor(max_workers=MOST_NODES_AT_ONCE, thread_name_prefix="machineuse-repair")
 
     def step(self) -> None:
         """Look at every node that is online, all at once."""
@@ -92,7 +94,7 @@ class Repair:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _look_at(self, node: NodeSpec, *, with_volumes: bool) -> None:
-        host = self._hosts.get(node.host)
+        host = self._hosts.of(node)
         try:
             self._remove_leftovers(node, host)
             # The node first, then the ledger: what the ledger knows by then can't be an orphan.

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from provisioner import lifecycle
 from provisioner.changes import RECHECK_S, Changes
+from provisioner.cluster import Cluster
 from provisioner.errors import Conflict, MachineuseError, NotFound, SnapshotCorrupt, SnapshotFailed, SnapshotMissing
 from provisioner.images import ImageCatalogue, ResolvedImage
 from provisioner.ledger import Ledger
@@ -23,7 +24,7 @@ from provisioner.ledger.records import InstanceRecord, NodeStatus
 from provisioner.placement import Need, Overcommit, Place, choose_place
 from provisioner.settings import Settings
 from provisioner.states import Status, Wanted
-from stacks.spec import ClusterSpec, NodeSpec
+from stacks.spec import NodeSpec
 
 _ID_ALPHABET = "23456789abcdefghjkmnpqrstuvwxyz"  # no letters that look like others
 QUICK_START = "quick_start"
@@ -67,7 +68,7 @@ class InstanceService:
         self,
         ledger: Ledger,
         *,
-        cluster: ClusterSpec,
+        cluster: Cluster,
         settings: Settings,
         catalogue: ImageCatalogue,
         changes: Changes,
@@ -168,7 +169,7 @@ class InstanceService:
     def _place(self, need: Need, *, loads: LoadReader) -> Place:
         return choose_place(
             need,
-            cluster=self._cluster,
+            cluster=self._cluster.spec,
             nodes=self._ledger.nodes.list(),
             loads=loads(),
             overcommit=Overcommit(memory=self._settings.memory_overcommit, cpu=self._settings.cpu_overcommit),

@@ -18,13 +18,13 @@ from provisioner.ledger import Ledger
 from provisioner.settings import Settings
 from provisioner.specs import specs_of
 from stacks.cluster import declare
-from stacks.spec import ClusterSpec
+from stacks.spec import FIELDS, ClusterSpec
 
 
 async def main() -> None:
     """Declare the cluster named like the stack, with all instances of its ledger."""
     config = pulumi.Config("cluster")
-    fields = {name: config.get_object(name) for name in ("nodes", "images")}
+    fields = {name: config.get_object(name) for name in FIELDS}
     spec = ClusterSpec.model_validate(
         {"name": pulumi.get_stack(), **{k: v for k, v in fields.items() if v is not None}}
     )

@@ -6,8 +6,9 @@ in the names. Nothing here knows how a thing is made.
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -41,15 +42,57 @@ class PortRange(Spec):
         return self
 
 
+class Availability(StrEnum):
+    """Whether a node takes instances; an operator says so in the cluster's file."""
+
+    ACTIVE = "active"
+    CORDONED = "cordoned"  # gets nothing new, keeps what it has
+    DRAINING = "draining"  # gets nothing new, and what it has is moved elsewhere, one by one
+
+
+class CloudIdentity(Spec):
+    """Which cloud machine a node is, for volumes that are attached to it."""
+
+    provider: Literal["aws"] = "aws"
+    instance_id: str
+    zone: str
+
+
 class NodeSpec(Spec):
     """One Docker host: how we reach it, where its clients reach it, and how much it may take."""
 
     id: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,30}$")
     host: str = "unix:///var/run/docker.sock"
+    """`unix://PATH`, `tcp://HOST:PORT` (with `cert_path`) or `ssh://USER@HOST[:PORT]`."""
+    cert_path: str | None = None
+    """The directory of ca.pem, cert.pem and key.pem for `tcp://`, as Docker's own DOCKER_CERT_PATH."""
+    ssh_opts: tuple[str, ...] = ()
+    """What is handed on to `ssh` for `ssh://`, such as `-i`, `keys/node-b`."""
     address: str = "localhost"
     bind_ip: str = "127.0.0.1"
     ports: PortRange = PortRange()
     max_instances: int = Field(default=50, ge=1)
+    availability: Availability = Availability.ACTIVE
+    labels: dict[str, str] = Field(default_factory=dict)
+    """What the node can do, or where it is, for callers to ask for: `zone`, `arch`, anything."""
+    volume: Literal["docker", "ebs"] = "docker"
+    """What the instances' homes are on: the node's own disk, or a cloud volume each."""
+    cloud: CloudIdentity | None = None
+
+    @model_validator(mode="after")
+    def _volumes_have_a_cloud(self) -> Self:
+        if self.volume == "ebs" and self.cloud is None:
+            raise ValueError("volume: ebs needs cloud: {instance_id: …, zone: …}")
+        return self
+
+
+class OfflinePolicy(Spec):
+    """What becomes of the instances of a node that does not answer any more."""
+
+    action: Literal["wait", "move"] = "wait"
+    """Wait for the node, or revive them elsewhere from their last snapshot."""
+    after_minutes: float = Field(default=5, ge=0)
+    """How long the node is waited for before anything is moved."""
 
 
 class ClusterSpec(Spec):
@@ -59,12 +102,29 @@ class ClusterSpec(Spec):
     nodes: tuple[NodeSpec, ...] = (NodeSpec(id="local"),)
     images: dict[str, str] = Field(default_factory=lambda: {DEFAULT_IMAGE: BROWSER_IMAGE})
     """The image catalogue: requested name → image that is run."""
+    offline: OfflinePolicy = OfflinePolicy()
+    snapshot_every_minutes: float | None = Field(default=None, gt=0)
+    """How often a running instance gets a snapshot without being stopped; None for never."""
+    image_cache_gb: float | None = Field(default=None, ge=0)
+    """How much disk a node may spend on images that no instance uses; None for any amount."""
     helper_image: str = BROWSER_IMAGE
     """An image with `cp` and `sh` that every node has: runs the short helper containers."""
+
+    @model_validator(mode="after")
+    def _named_once(self) -> Self:
+        ids = [node.id for node in self.nodes]
+        twice = sorted({node_id for node_id in ids if ids.count(node_id) > 1})
+        if twice:
+            raise ValueError(f"two nodes are called '{twice[0]}'")
+        return self
 
     def node(self, node_id: str) -> NodeSpec | None:
         """Return the node of that id, or None."""
         return next((node for node in self.nodes if node.id == node_id), None)
+
+
+FIELDS = tuple(name for name in ClusterSpec.model_fields if name not in ("name", "helper_image"))
+"""What a cluster's file may say, each as `cluster:<field>`."""
 
 
 class SnapshotRef(Spec):

@@ -25,6 +25,7 @@ import urllib3
 from docker.errors import APIError, DockerException, NotFound, create_api_error_from_http_exception
 
 from provisioner.errors import DockerError, DockerNotFound, MachineuseError, NodeUnreachable, PortTaken
+from stacks.spec import NodeSpec
 
 LOCAL_ENGINE = "unix:///var/run/docker.sock"
 ALIVE_FOR_S = 2.0
@@ -247,6 +248,10 @@ class DockerHosts:
                 host = DockerHost(url, timeout_s=self._timeout_s, slow_timeout_s=self._slow_timeout_s)
                 self._hosts[url] = host
             return host
+
+    def of(self, node: NodeSpec) -> DockerHost:
+        """Return a node's engine."""
+        return self.get(node.host)
 
     def close(self) -> None:
         """Close all idle connections."""

@@ -21,7 +21,7 @@ from alembic.migration import MigrationContext
 from provisioner.errors import LedgerMismatch
 from provisioner.ledger import tables
 
-SCHEMA = "0001"
+SCHEMA = "0002"
 """The newest migration."""
 
 BUSY_TIMEOUT_S = 30

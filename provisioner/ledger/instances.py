@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import sqlalchemy as sa
@@ -18,7 +19,7 @@ from provisioner.errors import NotFound
 from provisioner.ledger import tables
 from provisioner.ledger.database import Database
 from provisioner.ledger.events import add_event
-from provisioner.ledger.records import InstanceRecord, SnapshotRecord, SnapshotState
+from provisioner.ledger.records import InstanceRecord, Moving, SnapshotRecord, SnapshotState
 from provisioner.states import Status, Wanted
 
 _MANY = 100
@@ -164,13 +165,18 @@ class Instances:
 
 def _row(record: InstanceRecord) -> dict[str, Any]:
     row = {name: getattr(record, name) for name in _COLUMNS}
-    return row | {"status": record.status.value, "wanted": record.wanted.value}
+    return {name: _plain(value) for name, value in row.items()}
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value
 
 
 def _record(row: sa.RowMapping, snapshots: Sequence[SnapshotRecord]) -> InstanceRecord:
     values: dict[str, Any] = {str(k): v for k, v in row.items()}
     values["status"] = Status(values["status"])
     values["wanted"] = Wanted(values["wanted"])
+    values["moving"] = Moving(values["moving"]) if values["moving"] is not None else None
     return InstanceRecord(**values, snapshots=tuple(snapshots))
 
 
@@ -206,7 +212,7 @@ def _write(connection: sa.Connection, record: InstanceRecord, update: Update) ->
         connection.execute(tables.instances.delete().where(tables.instances.c.id == record.id))
         return
     if update.values:
-        values = {k: v.value if isinstance(v, Status | Wanted) else v for k, v in update.values.items()}
+        values = {name: _plain(value) for name, value in update.values.items()}
         connection.execute(tables.instances.update().where(tables.instances.c.id == record.id).values(**values))
     if update.release_ports:
         connection.execute(tables.ports.delete().where(tables.ports.c.instance_id == record.id))

@@ -12,7 +12,7 @@ from provisioner.ledger import tables
 from provisioner.ledger.database import Database
 from provisioner.ledger.events import add_event
 from provisioner.ledger.records import NodeRecord, NodeStatus
-from stacks.spec import NodeSpec
+from stacks.spec import Availability, NodeSpec
 
 
 class Nodes:
@@ -27,13 +27,23 @@ class Nodes:
         with self._database.write() as connection:
             known = set(connection.scalars(sa.select(table.c.id)))
             for spec in specs:
-                said = {"host": spec.host, "address": spec.address, "max_instances": spec.max_instances}
+                said = {
+                    "host": spec.host,
+                    "address": spec.address,
+                    "max_instances": spec.max_instances,
+                    "availability": spec.availability.value,
+                }
                 if spec.id in known:
                     connection.execute(table.update().where(table.c.id == spec.id).values(**said))
                 else:
                     connection.execute(
                         table.insert().values(
-                            id=spec.id, **said, status=NodeStatus.OFFLINE.value, misses=0, disk_quota=False
+                            id=spec.id,
+                            **said,
+                            labels=spec.labels,
+                            status=NodeStatus.OFFLINE.value,
+                            misses=0,
+                            disk_quota=False,
                         )
                     )
             gone = known - {spec.id for spec in specs}
@@ -65,4 +75,5 @@ class Nodes:
 
 
 def _record(row: sa.RowMapping) -> NodeRecord:
-    return NodeRecord(**{str(k): v for k, v in row.items()} | {"status": NodeStatus(row["status"])})
+    typed = {"status": NodeStatus(row["status"]), "availability": Availability(row["availability"])}
+    return NodeRecord(**{str(k): v for k, v in row.items()} | typed)

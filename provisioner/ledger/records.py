@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from provisioner.states import UP, Status, Wanted
+from stacks.spec import Availability
 
 
 class SnapshotState(StrEnum):
@@ -23,6 +25,13 @@ class NodeStatus(StrEnum):
     OFFLINE = "offline"
 
 
+class Moving(StrEnum):
+    """Why an instance is moved to another node: it is made dormant, then revived elsewhere."""
+
+    DRAIN = "drain"  # its node is drained: nothing is lost
+    OFFLINE = "offline"  # its node does not answer: what came after the last snapshot is lost
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SnapshotRecord:
     """One snapshot of one instance."""
@@ -33,6 +42,8 @@ class SnapshotRecord:
     state: SnapshotState
     bytes: int | None
     created_at: float
+    live: bool = False
+    """Taken while the instance ran, and goes on running."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +67,9 @@ class InstanceRecord:
     disk_enforced: bool
     idle_timeout_minutes: int
     auto_snapshot: bool
+    node_labels: Mapping[str, str] = field(default_factory=dict)
+    """What its node must have, as the caller asked."""
+    volume: str = "docker"
     created_at: float
     wanted: Wanted
     generation: int
@@ -64,6 +78,7 @@ class InstanceRecord:
     body: bool
     repair: bool
     force: bool
+    moving: Moving | None = None
     attempts: int
     retry_at: float
     status: Status
@@ -134,6 +149,10 @@ class NodeRecord:
     error: str | None
     misses: int
     last_heartbeat: float | None
+    offline_since: float | None = None
+    availability: Availability = Availability.ACTIVE
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """The file's, and what the engine says of itself (`arch`)."""
     cpu_cores: float | None
     memory_bytes: int | None
     disk_bytes: int | None

@@ -5,7 +5,7 @@ Times are seconds since the epoch (UTC), as floats.
 
 from __future__ import annotations
 
-from sqlalchemy import Boolean, Column, Float, ForeignKey, Integer, MetaData, String, Table, Text
+from sqlalchemy import JSON, Boolean, Column, Float, ForeignKey, Integer, MetaData, String, Table, Text, false
 
 metadata = MetaData()
 
@@ -32,6 +32,8 @@ instances = Table(
     Column("disk_enforced", Boolean, nullable=False),
     Column("idle_timeout_minutes", Integer, nullable=False),
     Column("auto_snapshot", Boolean, nullable=False),
+    Column("node_labels", JSON, nullable=False, server_default="{}"),
+    Column("volume", String(16), nullable=False, server_default="docker"),
     Column("created_at", Float, nullable=False, index=True),
     # What it should be, and how far that is done.
     Column("wanted", String(16), nullable=False),
@@ -41,6 +43,7 @@ instances = Table(
     Column("body", Boolean, nullable=False),
     Column("repair", Boolean, nullable=False),
     Column("force", Boolean, nullable=False),
+    Column("moving", String(16)),
     Column("attempts", Integer, nullable=False),
     Column("retry_at", Float, nullable=False),
     # What it is.
@@ -70,6 +73,7 @@ snapshots = Table(
     Column("generation", Integer, primary_key=True),
     Column("node_id", String(64), nullable=False),
     Column("state", String(16), nullable=False),
+    Column("live", Boolean, nullable=False, server_default=false()),
     Column("bytes", Integer),
     Column("created_at", Float, nullable=False),
 )
@@ -93,6 +97,9 @@ nodes = Table(
     Column("error", Text),
     Column("misses", Integer, nullable=False),
     Column("last_heartbeat", Float),
+    Column("offline_since", Float),
+    Column("availability", String(16), nullable=False, server_default="active"),
+    Column("labels", JSON, nullable=False, server_default="{}"),
     Column("cpu_cores", Float),
     Column("memory_bytes", Integer),
     Column("disk_bytes", Integer),
@@ -136,4 +143,13 @@ leftovers = Table(
     Column("urn", Text, nullable=False),
     Column("name", Text, nullable=False),
     Column("at", Float, nullable=False),
+)
+
+leases = Table(
+    "leases",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("holder", String(128), nullable=False),
+    Column("taken_at", Float, nullable=False),
+    Column("expires_at", Float, nullable=False),
 )

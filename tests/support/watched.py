@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import docker
 
 from provisioner.changes import Changes
+from provisioner.cluster import Cluster
 from provisioner.docker_hosts.hosts import LOCAL_ENGINE, DockerHosts
 from provisioner.ledger import Ledger
 from provisioner.ledger.records import InstanceRecord
@@ -41,7 +42,7 @@ class Watched:
     """One cluster of one node, without a converger: what should be there is put there by hand."""
 
     def __init__(self, directory: Path, *, url: str = LOCAL_ENGINE, **settings: Any) -> None:
-        self.cluster = ClusterSpec(name=f"t{secrets.token_hex(4)}", nodes=(NodeSpec(id="local", host=url),))
+        self.cluster = Cluster(ClusterSpec(name=f"t{secrets.token_hex(4)}", nodes=(NodeSpec(id="local", host=url),)))
         self.settings = Settings(project_dir=directory, **settings)
         self.ledger = Ledger.create(self.settings.ledger_path)
         self.ledger.nodes.sync(self.cluster.nodes)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from provisioner import lifecycle
 from provisioner.changes import Changes
+from provisioner.cluster import Cluster
 from provisioner.converger import Converger, Step, Work
 from provisioner.errors import EngineError
 from provisioner.guard import LedgerGuard
@@ -65,7 +66,7 @@ class World:
         """Begin anew with what is in the ledger."""
         self.converger = Converger(
             self.ledger,
-            cluster=ClusterSpec(name="unit"),
+            cluster=Cluster(ClusterSpec(name="unit")),
             settings=Settings(create_attempts=self.attempts),
             engine=self.engine,
             changes=Changes(),

@@ -10,6 +10,7 @@ import pytest
 
 from provisioner import health
 from provisioner.changes import Changes
+from provisioner.cluster import Cluster
 from provisioner.errors import NodeUnreachable
 from provisioner.health import NodeHealth
 from provisioner.ledger import Ledger
@@ -40,7 +41,7 @@ class FakeHosts:
 class Scene:
     def __init__(self, directory: Path) -> None:
         self.ledger = Ledger.create(directory / "ledger.db")
-        self.cluster = ClusterSpec(name="test", nodes=(NodeSpec(id="local"),))
+        self.cluster = Cluster(ClusterSpec(name="test", nodes=(NodeSpec(id="local"),)))
         self.ledger.nodes.sync(self.cluster.nodes)
         self.hosts = FakeHosts()
         self.changes = Changes()

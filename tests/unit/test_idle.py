@@ -11,6 +11,7 @@ import pytest
 
 from provisioner.browser_status import BrowserStatus
 from provisioner.changes import Changes
+from provisioner.cluster import Cluster
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.idle import IdleWatch
 from provisioner.images import ImageCatalogue
@@ -30,7 +31,7 @@ class Scene:
 
     def __init__(self, directory: Path) -> None:
         self.settings = Settings(project_dir=directory)
-        self.cluster = ClusterSpec(name="test")
+        self.cluster = Cluster(ClusterSpec(name="test"))
         self.ledger = Ledger.create(self.settings.ledger_path)
         self.ledger.nodes.sync(self.cluster.nodes)
         self.ledger.nodes.observe("local", values={"status": NodeStatus.ONLINE})

@@ -12,6 +12,7 @@ import pytest
 
 from provisioner import lifecycle, preparation
 from provisioner.changes import Changes
+from provisioner.cluster import Cluster
 from provisioner.converger import Work, plan
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.ledger import Ledger
@@ -50,7 +51,7 @@ class World:
         self.docker = FakeDocker()
         self.preparation = Preparation(
             self.ledger,
-            cluster=ClusterSpec(name="unit"),
+            cluster=Cluster(ClusterSpec(name="unit")),
             hosts=DockerHosts(timeout_s=0.1),
             store=DirectoryStore(path / "snapshots"),
             settings=Settings(),

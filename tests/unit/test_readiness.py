@@ -11,6 +11,7 @@ import pytest
 from provisioner import readiness
 from provisioner.browser_status import BrowserStatus
 from provisioner.changes import Changes
+from provisioner.cluster import Cluster
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.docker_hosts.inventory import ContainerState
 from provisioner.ledger import Ledger
@@ -104,7 +105,7 @@ class Revisited:
         monkeypatch.setattr(readiness, "describe_container", lambda *_, **__: self.container)
         self.readiness = Readiness(
             self.ledger,
-            cluster=ClusterSpec(name="unit"),
+            cluster=Cluster(ClusterSpec(name="unit")),
             hosts=DockerHosts(),
             settings=Settings(),
             changes=Changes(),

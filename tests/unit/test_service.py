@@ -9,6 +9,7 @@ import pytest
 
 from provisioner import lifecycle
 from provisioner.changes import Changes
+from provisioner.cluster import Cluster
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.errors import Conflict
 from provisioner.images import ImageCatalogue
@@ -31,7 +32,7 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 @pytest.fixture
 def service(ledger: Ledger) -> InstanceService:
-    cluster = ClusterSpec(name="unit")
+    cluster = Cluster(ClusterSpec(name="unit"))
     return InstanceService(
         ledger,
         cluster=cluster,

@@ -12,6 +12,7 @@ from fastapi.testclient import TestClient
 
 from api.app import create_app
 from provisioner.changes import Changes
+from provisioner.cluster import Cluster
 from provisioner.errors import UnknownImage
 from provisioner.images import ResolvedImage
 from provisioner.ledger import Ledger
@@ -41,7 +42,7 @@ class FakeServices:
     """The parts that the API needs."""
 
     settings: Settings
-    cluster: ClusterSpec
+    cluster: Cluster
     ledger: Ledger
     instances: InstanceService
     changes: Changes
@@ -73,7 +74,7 @@ def make_fake_services(
     data_dir: Path, *, ledgers: list[Ledger], max_instances: int, node: dict[str, Any] | None = None, **settings: Any
 ) -> FakeServices:
     """Make the services over a new ledger in `data_dir`, which is added to `ledgers`."""
-    cluster = ClusterSpec(name="test", nodes=(NodeSpec(id="local", max_instances=max_instances),))
+    cluster = Cluster(ClusterSpec(name="test", nodes=(NodeSpec(id="local", max_instances=max_instances),)))
     built = Settings(**{"data_dir": data_dir, "default_wait_s": 0.0, "memory_overcommit": 100.0, **settings})
     ledger = Ledger.create(built.ledger_path)
     ledgers.append(ledger)
