@@ -100,10 +100,10 @@ class Mover:
         except (Conflict, NotFound) as error:
             log.debug("not moved", instance=record.id, error=error.message)  # somebody was quicker
             return False
-        log.info(
-            "moving", instance=record.id, node=record.node_id, to=now.node_id if now.node_id != record.node_id else None
-        )
-        return now.generation != record.generation
+        begun = now.generation != record.generation
+        if begun:
+            log.info("moving", instance=record.id, node=record.node_id, wanted=now.wanted.value, on=now.node_id)
+        return begun
 
     def _tell(self, record: InstanceRecord, message: str) -> None:
         if (record.id, message) in self._told:

@@ -109,7 +109,7 @@ class InstanceService:
         """Want a dormant instance back. Raises NotFound, Conflict and NoCapacity."""
 
         def decide(record: InstanceRecord, loads: LoadReader) -> Update | None:
-            if record.wanted is Wanted.RUNNING and record.restore_generation is not None and record.operation:
+            if record.wanted is Wanted.RUNNING and record.operation in ("reviving", "moving"):
                 return None  # being revived already: this caller waits for the same outcome
             lifecycle.check_revivable(record)
             place = self._place(self._need_again(record), loads=loads)
@@ -146,12 +146,9 @@ class InstanceService:
             lifecycle.check_revivable(record)
             place = self._place(self._need_again(record), loads=loads)
             source = record.snapshot(record.snapshot_generation)
-            lost = record.moving is Moving.OFFLINE and source is not None
-            note = (
-                f"Node {record.node_id} was lost: given back {lifecycle.tell_loss(source)}."
-                if lost and source
-                else None
-            )
+            note = None
+            if record.moving is Moving.OFFLINE and source is not None:
+                note = f"Node {record.node_id} was lost: given back {lifecycle.tell_loss(source)}."
             return lifecycle.wish_revived(
                 record, method=FULL_RESTORE, node_id=place.node.id, ports=place.ports, note=note
             )
