@@ -20,8 +20,8 @@ A live snapshot is of an instance that goes on running, and its home is read fro
 
 Any other failure removes what was written, lets the container run again and raises `SnapshotFailed`. After a crash the
 same capture is simply run again: `prepare` throws away what the crash left, or finds the snapshot complete. A snapshot
-that is complete while its container has been started since is out of date, and taken anew; a live one never is. One that an instance has
-been revived from (or from a later one) can't be taken any more: asking for it disturbs nobody.
+that is complete while its container has been started since is out of date, and taken anew; a live one never is. One
+that an instance has been revived from (or from a later one) can't be taken any more: asking for it disturbs nobody.
 """
 
 from __future__ import annotations

