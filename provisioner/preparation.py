@@ -272,6 +272,7 @@ class Preparation:
         live = record.pending_live
         generation = live.generation if live else record.snapshot_generation or record.generation
         snapshot = SnapshotId(instance_id=record.id, generation=generation)
+        pending = record.snapshot(generation)
         Capture(
             CaptureRequest(
                 snapshot=snapshot,
@@ -284,6 +285,7 @@ class Preparation:
                     home_path=HOME_PATH,
                 ),
                 image=record.image,
+                live=pending is not None and pending.live,
                 stop_timeout_s=self._settings.stop_timeout_s,
                 labels=labels_of(
                     cluster=self._cluster.name,
