@@ -272,7 +272,6 @@ class Preparation:
         live = record.pending_live
         generation = live.generation if live else record.snapshot_generation or record.generation
         snapshot = SnapshotId(instance_id=record.id, generation=generation)
-        pending = record.snapshot(generation)
         Capture(
             CaptureRequest(
                 snapshot=snapshot,
@@ -285,7 +284,7 @@ class Preparation:
                     home_path=HOME_PATH,
                 ),
                 image=record.image,
-                live=pending is not None and pending.live,
+                live=live is not None,
                 stop_timeout_s=self._settings.stop_timeout_s,
                 labels=labels_of(
                     cluster=self._cluster.name,
