@@ -24,7 +24,7 @@ Change = Callable[[str], str]
 def edit_cluster(project_dir: Path, *, cluster: str, change: Change) -> ClusterSpec:
     """Change the cluster's file; return what it says then. A file that is as wanted already is not touched.
 
-    Raises SettingsError for a file that has, or would have, a mistake or can't be written, and whatever `change` raises.
+    Raises SettingsError for a file that has, or would have, a mistake, or can't be written; and what `change` raises.
     """
     read_cluster(project_dir, cluster=cluster)  # writes a first one, refuses one with a mistake
     path = path_of(project_dir, cluster=cluster).resolve()  # a link stays a link

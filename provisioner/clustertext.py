@@ -1,14 +1,13 @@
 """Edits the text of a cluster's file: only the lines that an edit is about change, every other byte stays.
 
-The YAML parser tells where things are; what is put in, or cut out, is a piece of text there. Writing the parsed document
-anew would keep comments too, but not the writer's spacing, and it would take a comment behind a node away with it. So
-that a piece of text can't do anything else than it should, the result is parsed and compared with what the edit should
-give; a file that is written in a way that this can't deal with (anchors, say) is refused, and to be edited by hand.
+The YAML parser tells where things are; what is put in, or cut out, is a piece of text there. Writing the parsed
+document anew would keep comments too, but not the writer's spacing, and it would take a comment behind a node away
+with it. So that a piece of text can't do anything else than it should, the result is parsed and compared with what the
+edit should give; a file that is written in a way that this can't deal with (anchors, say) is left to its writer.
 """
 
 from __future__ import annotations
 
-import copy
 import io
 import json
 from collections.abc import Callable, Mapping
@@ -80,7 +79,7 @@ def set_availability(text: str, node_id: str, availability: Availability) -> str
 
 
 def _checked(before: str, after: str, change: Callable[[dict[str, Any]], None]) -> str:
-    expected = copy.deepcopy(load(before, file="the file"))
+    expected = _apart(load(before, file="the file"))
     change(expected)
     try:
         done = load(after, file="the file") == expected
@@ -89,6 +88,13 @@ def _checked(before: str, after: str, change: Callable[[dict[str, Any]], None]) 
     if not done:
         raise _by_hand()
     return after
+
+
+def _apart(value: Any) -> Any:
+    """Return a copy in which what the text shares (by an alias) is not shared any more."""
+    if isinstance(value, dict):
+        return {key: _apart(inner) for key, inner in value.items()}
+    return [_apart(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _by_hand() -> SettingsError:
@@ -150,7 +156,7 @@ def _end_of(node: Node, *, key: Node | None = None) -> int:
         raise _by_hand()  # an alias
     if key is not None and isinstance(node, ScalarNode) and node.start_mark.index == node.end_mark.index:
         return int(key.end_mark.index) + 1  # nothing but the colon
-    if isinstance(node, ScalarNode) or node.flow_style or not node.value:
+    if not isinstance(node, MappingNode | SequenceNode) or node.flow_style or not node.value:
         return int(node.end_mark.index)
     last = node.value[-1]
     return _end_of(last[1], key=last[0]) if isinstance(last, tuple) else _end_of(last)
@@ -168,7 +174,7 @@ def _line_start(text: str, index: int) -> int:
 
 
 def _behind_own_comments(text: str, index: int, *, column: int) -> int:
-    """Return where the comment lines end that follow and are indented deeper than `column`: they are of what is above."""
+    """Return where the comments end that follow, indented deeper than `column`: they are of what is above."""
     while index < len(text):
         end = _behind_line(text, index + 1)
         line = text[index:end]

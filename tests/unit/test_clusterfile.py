@@ -13,34 +13,51 @@ HEAD = "config:\n  cluster:nodes:\n    - id: a\n    - id: b\n      host: ssh://b
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "line", "said"),
     [
-        (f"{HEAD}      ports: {{ first: 80 }}\n", "line 6: node 'b': ports.first: Input should be greater than or equal to 1024, and it is '80'."),
-        (f"{HEAD}      ports:\n        first: 2000\n        last: 1500\n", "line 6: node 'b': ports: ports.last must be above ports.first."),
-        (f"{HEAD}      prots: 1\n", "line 6: node 'b': 'prots' is unknown; allowed are id, host, "),
-        (f"{HEAD}      ports: {{ frist: 1 }}\n", "line 6: node 'b': ports: 'frist' is unknown; allowed are first, last."),
-        (f"{HEAD}      availability: gone\n", "line 6: node 'b': availability: Input should be 'active', 'cordoned' or 'draining', and it is 'gone'."),
-        (f"{HEAD}      volume: ebs\n", "line 4: node 'b': volume: ebs needs cloud: "),
-        (f"{HEAD}    - host: ssh://c\n", "line 6: node 3: id: Field required."),
-        (f"{HEAD}    - id: a\n", "line 2: two nodes are called 'a'."),
-        (f"{HEAD}  cluster:node: []\n", "line 6: cluster:node is unknown; allowed are cluster:nodes, "),
-        (f"{HEAD}  cluster:offline: {{ action: run }}\n", "line 6: cluster:offline.action: Input should be 'wait' or 'move', and it is 'run'."),
-        (f"{HEAD}  cluster:offline: {{ when: 1 }}\n", "line 6: cluster:offline: 'when' is unknown; allowed are action, after_minutes."),
-        ("config:\n  cluster:nodes: []\n", "line 2: cluster:nodes: a cluster needs at least one node."),
-        ("config:\n  cluster:nodes: {}\n", "line 2: cluster:nodes: "),
-        (f"{HEAD}      id: c\n", 'line 6: it is not YAML: found duplicate key "id"'),
-        (f"{HEAD}   - id: c\n", "line 6: it is not YAML: "),
-        ("- a\n", "it should be a list of keys and values"),
-        ("config: 3\n", "line 1: config: it should be a list of keys and values"),
+        (
+            f"{HEAD}      ports: {{ first: 80 }}\n",
+            6,
+            "node 'b': ports.first: Input should be greater than or equal to 10",
+        ),
+        (f"{HEAD}      max_instances: many\n", 6, "and it is 'many'."),
+        (
+            f"{HEAD}      ports: {{ first: 3000, last: 2000 }}\n",
+            6,
+            "node 'b': ports: ports.last must be above ports.first.",
+        ),
+        (f"{HEAD}      prots: 1\n", 6, "node 'b': 'prots' is unknown; allowed are id, host, "),
+        (f"{HEAD}      ports: {{ frist: 1 }}\n", 6, "node 'b': ports: 'frist' is unknown; allowed are first, last."),
+        (f"{HEAD}      availability: gone\n", 6, "node 'b': availability: Input should be 'active', 'cordoned' or "),
+        (f"{HEAD}      volume: ebs\n", 4, "node 'b': volume: ebs needs cloud: "),
+        (f"{HEAD}    - host: ssh://c\n", 6, "node 3: id: Field required."),
+        (f"{HEAD}    - id: a\n", 2, "two nodes are called 'a'."),
+        (f"{HEAD}  cluster:node: []\n", 6, "cluster:node is unknown; allowed are cluster:nodes, "),
+        (
+            f"{HEAD}  cluster:offline: {{ action: run }}\n",
+            6,
+            "cluster:offline.action: Input should be 'wait' or 'move'",
+        ),
+        (f"{HEAD}  cluster:offline: {{ when: 1 }}\n", 6, "cluster:offline: 'when' is unknown; allowed are action, "),
+        ("config:\n  cluster:nodes: []\n", 2, "cluster:nodes: a cluster needs at least one node."),
+        ("config:\n  cluster:nodes: {}\n", 2, "cluster:nodes: "),
+        (f"{HEAD}      id: c\n", 6, 'it is not YAML: found duplicate key "id"'),
+        (f"{HEAD}   - id: c\n", 6, "it is not YAML: "),
+        ("config: 3\n", 1, "config: it should be a list of keys and values"),
     ],
-)  # fmt: skip
-def test_a_mistake_is_one_line_with_file_line_and_node(text: str, said: str) -> None:
+)
+def test_a_mistake_is_one_line_with_file_line_and_node(text: str, line: int, said: str) -> None:
     with pytest.raises(SettingsError) as raised:
         parse_cluster(text, cluster="x", file="Pulumi.x.yaml")
     message = raised.value.message
-    assert message.startswith("Pulumi.x.yaml")
+    assert message.startswith(f"Pulumi.x.yaml, line {line}: ")
     assert said in message
     assert "\n" not in message
+
+
+def test_a_document_that_is_no_map_is_a_mistake() -> None:
+    with pytest.raises(SettingsError, match="x: it should be a list of keys and values"):
+        parse_cluster("- a\n", cluster="x", file="x")
 
 
 def test_several_mistakes_are_counted() -> None:
