@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from provisioner.errors import InvalidRequest, NoCapacity, UnknownNode
 from provisioner.ledger.instances import NodeLoad
 from provisioner.ledger.records import NodeRecord, NodeStatus
-from stacks.spec import ClusterSpec, NodeSpec
+from stacks.spec import Availability, ClusterSpec, NodeSpec
 
 OFFLINE = "offline"
 
@@ -114,6 +114,8 @@ def _find_lack(
 ) -> str | None:
     if record is None or record.status is NodeStatus.OFFLINE:
         return OFFLINE
+    if node.availability is not Availability.ACTIVE:
+        return f"it is {node.availability.value}"
     if load.instances >= node.max_instances:
         return f"has its {node.max_instances} instances"
     free_gb = (record.memory_bytes or 0) / 2**30 * overcommit.memory - load.memory_gb

@@ -101,7 +101,7 @@ class SnapshotType(ResourceType):
         return old_outputs | news
 
     def delete(self, call: Call, *, id: str, inputs: Properties, outputs: Properties) -> None:
-        """Remove the quick copy, the restored image and the archive.
+        """Remove the quick copy, the restored image and the archive; of a node that left the cluster, the archive only.
 
         Raises:
             StillWanted: the policy says no.
@@ -120,6 +120,11 @@ class SnapshotType(ResourceType):
         decision = self._policy.check_delete(urn=call.urn, labels=labels, kind="snapshot", replacing=call.replacing)
         if not decision.allowed:
             raise StillWanted(decision.reason)
+        if gone.docker_host:
+            self._clear_node(call, gone, force=decision.force)
+        self._store.delete(gone.snapshot)
+
+    def _clear_node(self, call: Call, gone: SnapshotInputs, *, force: bool) -> None:
         machine = self._machine(gone)
         leftovers: dict[str, Callable[[], object]] = {
             gone.copy_volume: lambda: machine.remove_copy(gone.copy_volume),
@@ -129,11 +134,10 @@ class SnapshotType(ResourceType):
             try:
                 remove()
             except NodeUnreachable:
-                if not decision.force:
+                if not force:
                     raise
                 self._policy.note_leftover(urn=call.urn, host=gone.docker_host, name=name)
                 call.warn(f"{name} is left on node {gone.node_id}, which does not answer; it is removed later.")
-        self._store.delete(gone.snapshot)
 
     def _machine(self, inputs: SnapshotInputs) -> DockerMachine:
         return DockerMachine(
