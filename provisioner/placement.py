@@ -27,6 +27,8 @@ class Need:
     cpu_cores: int
     ports: int
     node_preference: str | None = None
+    avoid: frozenset[str] = frozenset()
+    """Nodes that it must not go to."""
     former_ports: tuple[int, ...] = ()
     """Ports it had before, taken again when they are free."""
 
@@ -114,8 +116,10 @@ def _find_lack(
 ) -> str | None:
     if record is None or record.status is NodeStatus.OFFLINE:
         return OFFLINE
+    if node.id in need.avoid:
+        return "is to be left"
     if node.availability is not Availability.ACTIVE:
-        return f"it is {node.availability.value}"
+        return f"is {node.availability.value}"
     if load.instances >= node.max_instances:
         return f"has its {node.max_instances} instances"
     free_gb = (record.memory_bytes or 0) / 2**30 * overcommit.memory - load.memory_gb

@@ -14,7 +14,7 @@ from provisioner.docker_hosts.archives import DockerMachine
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.errors import NodeUnreachable, SnapshotCorrupt, SnapshotMissing, StillWanted
 from provisioner.plugins.machineuse.inputs import SnapshotInputs, check, differ, parse
-from provisioner.plugins.policy import DeletePolicy
+from provisioner.plugins.policy import DeleteDecision, DeletePolicy
 from provisioner.plugins.resources import Call, Checked, Created, Difference, Found, ResourceType
 from provisioner.plugins.values import Properties
 from provisioner.snapshots.capture import Capture, CaptureRequest, CaptureResult
@@ -105,7 +105,7 @@ class SnapshotType(ResourceType):
 
         Raises:
             StillWanted: the policy says no.
-            NodeUnreachable: the node does not answer, and the deletion is not forced.
+            NodeUnreachable: the node does not answer, and the policy does not say to leave it alone.
             SnapshotFailed: the store can't be written.
         """
         del id
@@ -121,10 +121,10 @@ class SnapshotType(ResourceType):
         if not decision.allowed:
             raise StillWanted(decision.reason)
         if gone.docker_host:
-            self._clear_node(call, gone, force=decision.force)
+            self._clear_node(call, gone, decision=decision)
         self._store.delete(gone.snapshot)
 
-    def _clear_node(self, call: Call, gone: SnapshotInputs, *, force: bool) -> None:
+    def _clear_node(self, call: Call, gone: SnapshotInputs, *, decision: DeleteDecision) -> None:
         machine = self._machine(gone)
         leftovers: dict[str, Callable[[], object]] = {
             gone.copy_volume: lambda: machine.remove_copy(gone.copy_volume),
@@ -132,9 +132,11 @@ class SnapshotType(ResourceType):
         }
         for name, remove in leftovers.items():
             try:
+                if decision.abandon:
+                    raise NodeUnreachable(f"Node {gone.node_id} does not answer.")
                 remove()
             except NodeUnreachable:
-                if not force:
+                if not decision.force and not decision.abandon:
                     raise
                 self._policy.note_leftover(urn=call.urn, host=gone.docker_host, name=name)
                 call.warn(f"{name} is left on node {gone.node_id}, which does not answer; it is removed later.")
