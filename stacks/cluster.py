@@ -33,11 +33,13 @@ async def declare(spec: ClusterSpec, *, ledger_id: str, instances: Sequence[Inst
     pending: list[pulumi.Resource] = []
     for instance in instances:
         node = spec.node(instance.node_id)
-        if node is None:
+        if node is None and instance.body:
             raise pulumi.RunError(
-                f"Instance {instance.id} is on node '{instance.node_id}', which the cluster's file does not name."
+                f"Instance {instance.id} is on node '{instance.node_id}', which the cluster's file does not name. Put"
+                " the node back into the file, drain it (`machineuse node drain`), then remove it."
             )
-        component = Instance(instance, cluster=spec, ledger_id=ledger_id, provider=providers[node.id], node=node)
+        provider = providers.get(instance.node_id)  # a dormant one sleeps in the store, whatever became of its node
+        component = Instance(instance, cluster=spec, ledger_id=ledger_id, provider=provider, node=node)
         pending += [component, *component.resources]
         if len(pending) >= WINDOW:
             await _registered(pending)

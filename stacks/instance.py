@@ -102,9 +102,10 @@ class Instance(pulumi.ComponentResource):
         *,
         cluster: ClusterSpec,
         ledger_id: str,
-        provider: docker.Provider,
-        node: NodeSpec,
+        provider: docker.Provider | None,
+        node: NodeSpec | None,
     ) -> None:
+        """Declare an instance; one without a body needs no node."""
         super().__init__(names.COMPONENT_TYPE, spec.id)
         self._spec = spec
         self._cluster = cluster
@@ -133,6 +134,7 @@ class Instance(pulumi.ComponentResource):
         return docker.Volume(names.volume_name(self._spec.id), **arguments, opts=self._options())
 
     def _container(self, volume: docker.Volume, *, image: pulumi.Input[str]) -> docker.Container:
+        assert self._node is not None
         arguments = container_arguments(
             self._spec,
             cluster=self._cluster,
@@ -167,6 +169,7 @@ class Instance(pulumi.ComponentResource):
     def _restore(self, volume: docker.Volume) -> Restore:
         spec = self._spec
         assert spec.restore is not None
+        assert self._node is not None
         ref = spec.restore.snapshot
         return Restore(
             names.restore_name(spec.id),
@@ -185,5 +188,6 @@ class Instance(pulumi.ComponentResource):
         )
 
     def _host_of(self, node_id: str) -> str:
+        """Return the host of a node; "" for one that the cluster does not have any more."""
         node = self._cluster.node(node_id)
-        return node.host if node is not None else self._node.host
+        return node.host if node is not None else ""

@@ -29,6 +29,7 @@ class SnapshotInputs(Inputs):
     generation: int = Field(ge=0)
     node_id: str
     docker_host: str
+    """Empty once the cluster does not have that node any more: then the archive is all there is."""
     container: str
     volume: str
     image: str

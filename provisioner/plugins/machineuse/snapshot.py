@@ -14,7 +14,7 @@ from provisioner.docker_hosts.archives import DockerMachine
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.errors import NodeUnreachable, SnapshotCorrupt, SnapshotMissing, StillWanted
 from provisioner.plugins.machineuse.inputs import SnapshotInputs, check, differ, parse
-from provisioner.plugins.policy import DeletePolicy
+from provisioner.plugins.policy import DeleteDecision, DeletePolicy
 from provisioner.plugins.resources import Call, Checked, Created, Difference, Found, ResourceType
 from provisioner.plugins.values import Properties
 from provisioner.snapshots.capture import Capture, CaptureRequest, CaptureResult
@@ -102,7 +102,7 @@ class SnapshotType(ResourceType):
         return old_outputs | news
 
     def delete(self, call: Call, *, id: str, inputs: Properties, outputs: Properties) -> None:
-        """Remove the quick copy, the restored image and the archive.
+        """Remove the quick copy, the restored image and the archive; of a node that left the cluster, the archive only.
 
         Raises:
             StillWanted: the policy says no.
@@ -121,6 +121,11 @@ class SnapshotType(ResourceType):
         decision = self._policy.check_delete(urn=call.urn, labels=labels, kind="snapshot", replacing=call.replacing)
         if not decision.allowed:
             raise StillWanted(decision.reason)
+        if gone.docker_host:
+            self._clear_node(call, gone, decision=decision)
+        self._store.delete(gone.snapshot)
+
+    def _clear_node(self, call: Call, gone: SnapshotInputs, *, decision: DeleteDecision) -> None:
         machine = self._machine(gone)
         leftovers: dict[str, Callable[[], object]] = {
             gone.copy_volume: lambda: machine.remove_copy(gone.copy_volume),
@@ -136,7 +141,6 @@ class SnapshotType(ResourceType):
                     raise
                 self._policy.note_leftover(urn=call.urn, host=gone.docker_host, name=name)
                 call.warn(f"{name} is left on node {gone.node_id}, which does not answer; it is removed later.")
-        self._store.delete(gone.snapshot)
 
     def _machine(self, inputs: SnapshotInputs) -> DockerMachine:
         return DockerMachine(
