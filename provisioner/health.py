@@ -29,6 +29,8 @@ log = structlog.get_logger(__name__)
 
 MOST_NODES_AT_ONCE = 64
 """Nodes that are asked side by side; those that hang each hold one of these threads."""
+_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
+"""Names that the engine gives to machines → those of images made for them."""
 
 
 class NodeHealth:
@@ -97,6 +99,7 @@ class NodeHealth:
                 "cpu_cores": float(info.get("NCPU") or 0) or None,
                 "memory_bytes": int(info.get("MemTotal") or 0) or None,
                 "disk_quota": self._quotas[node.id],
+                "labels": _labels_of_engine(info) | node.labels,
             }
             | self._measure(node, info),
             event=None if was_online else ("node_online", f"node {node.id} answers"),
@@ -131,3 +134,10 @@ class NodeHealth:
         if known.status is NodeStatus.OFFLINE or event is not None:
             values |= {"status": NodeStatus.OFFLINE, "cpu_percent": None, "memory_percent": None, "disk_percent": None}
         self._ledger.nodes.observe(node.id, values=values, event=event)
+
+
+def _labels_of_engine(info: Mapping[str, Any]) -> dict[str, str]:
+    """Return what an engine says that its machine is, in the words of image platforms; the file's labels come first."""
+    arch = str(info.get("Architecture") or "")
+    said = {"arch": _ARCHITECTURES.get(arch, arch), "os": str(info.get("OSType") or "")}
+    return {name: value for name, value in said.items() if value}

@@ -70,8 +70,19 @@ def check_revivable(record: InstanceRecord) -> None:
         raise Conflict(f"Instance {record.id} has no snapshot to restore.")
 
 
-def wish_revived(record: InstanceRecord, *, method: str, node_id: str, ports: tuple[int, ...]) -> Update:
-    """Want a dormant instance back, on that node and those ports (debug and stream, where it has them)."""
+def wish_revived(
+    record: InstanceRecord,
+    *,
+    method: str,
+    node_id: str,
+    ports: tuple[int, ...],
+    disk_enforced: bool = False,
+    note: str | None = None,
+) -> Update:
+    """Want a dormant instance back, on that node and those ports (debug and stream, where it has them).
+
+    `disk_enforced` is of that node; `note` tells people why it is that one.
+    """
     check_revivable(record)
     debug_port, stream_port = ports if record.browser else (None, None)
     return Update(
@@ -82,12 +93,13 @@ def wish_revived(record: InstanceRecord, *, method: str, node_id: str, ports: tu
             "restored_by": None,
             "restore_note": None,
             "node_id": node_id,
+            "disk_enforced": disk_enforced,
             "debug_port": debug_port,
             "stream_port": stream_port,
             "body": True,
         },
         take_ports=ports,
-        event=("revive", f"to be restored by {method} on node {node_id}"),
+        event=("revive", f"to be restored by {method} on node {node_id}" + (f" ({note})" if note else "")),
     )
 
 

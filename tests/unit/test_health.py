@@ -27,7 +27,7 @@ class FakeHosts:
     def __init__(self) -> None:
         self.up = True
 
-    def get(self, _url: str) -> FakeHosts:
+    def of(self, _node: NodeSpec) -> FakeHosts:
         return self
 
     def ping(self) -> None:
