@@ -191,16 +191,20 @@ def _find_lack_of_disk(need: Need, *, node: NodeSpec, state: NodeState, limits: 
 
 
 def score(need: Need, *, node: NodeSpec, state: NodeState, limits: Limits) -> float:
-    """Return how full a node would be with the instance on it, by what it would run out of first; less is better."""
-    share = max(
+    """Return how full a node would be with the instance on it; less is better.
+
+    Half of it is the share of what the node would run out of first, half the average of all shares.
+    """
+    shares = [
         (state.instances + 1) / node.max_instances,
         (state.promised_memory_mib + need.memory_gb * MIB_PER_GB) / ((state.memory_bytes or 1) / 2**20 * limits.memory),
         (state.promised_cpu_cores + need.cpu_cores) / ((state.cpu_cores or 1) * limits.cpu),
-    )
+    ]
     if state.disk_bytes and node.volume == "docker":
         promised_mib = state.promised_disk_mib + need.disk_gb * MIB_PER_GB
-        share = max(share, promised_mib / (state.disk_bytes / 2**20 * limits.disk))
-    return share + LIVE_WEIGHT * max(state.cpu_percent or 0, state.memory_percent or 0) / 100
+        shares.append(promised_mib / (state.disk_bytes / 2**20 * limits.disk))
+    live = max(state.cpu_percent or 0, state.memory_percent or 0) / 100
+    return (max(shares) + sum(shares) / len(shares)) / 2 + LIVE_WEIGHT * live
 
 
 def pick_ports(count: int, *, node: NodeSpec, taken: frozenset[int], port_free: PortProbe) -> tuple[int, ...] | None:
