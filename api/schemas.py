@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, StringConstraints
 
-from provisioner.ledger.records import NodeStatus, SnapshotState
+from provisioner.ledger.records import Moving, NodeStatus, SnapshotState
 from provisioner.states import Status
 from stacks.spec import DEFAULT_IMAGE, Availability
 
@@ -135,6 +135,7 @@ class Snapshot(_Answer):
     generation: int
     state: SnapshotState
     bytes: int | None
+    live: bool = Field(description="Taken while the instance ran, and went on running.")
     node_id: str
     created_at: datetime
 
@@ -158,8 +159,11 @@ class Instance(_Answer):
         description="What that was built on, where its label `machineuse.base` tells: the project's browser image does."
     )
     operation: str | None = Field(
-        description="What is under way: creating, making_dormant, reviving, repairing, restarting (after a dormancy"
-        " that failed) or deleting; null for nothing."
+        description="What is under way: creating, making_dormant, reviving, moving, repairing, restarting (after a"
+        " dormancy that failed) or deleting; null for nothing."
+    )
+    moving: Moving | None = Field(
+        description="Why it is on its way to another node: `drain`, or `offline` when its node is lost; else null."
     )
     error: InstanceError | None
     node_status: NodeStatus
@@ -169,7 +173,9 @@ class Instance(_Answer):
     restored_by: str | None = Field(
         description="How it was last restored: by the method asked for, or the one that it fell back to."
     )
-    restore_note: str | None = Field(description="Why another method than the one asked for was used.")
+    restore_note: str | None = Field(
+        description="Why another method than the one asked for was used, and what may be missing."
+    )
     disk_bytes: int | None
     disk_over: bool = Field(description="Whether it uses more than disk_gb.")
     disk_enforced: bool = Field(description="Whether the node's storage driver enforces disk_gb.")

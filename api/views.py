@@ -63,6 +63,7 @@ def _show_instance(
         image_requested=record.image_requested,
         image_base=record.image_base,
         operation=record.operation,
+        moving=record.moving,
         error=_show_error(record),
         node_status=node.status if node else NodeStatus.OFFLINE,
         node_labels=dict(record.node_labels),
@@ -72,6 +73,7 @@ def _show_instance(
                 generation=snapshot.generation,
                 state=snapshot.state,
                 bytes=snapshot.bytes,
+                live=snapshot.live,
                 node_id=snapshot.node_id,
                 created_at=_moment(snapshot.created_at),
             )

@@ -27,8 +27,10 @@ from provisioner.health import NodeHealth
 from provisioner.idle import IdleWatch
 from provisioner.images import ImageCatalogue
 from provisioner.ledger import Ledger
+from provisioner.live_snapshots import LiveSnapshots
 from provisioner.loops import Loop
 from provisioner.metrics import Sampler
+from provisioner.moves import Mover
 from provisioner.outcomes import error_of
 from provisioner.plugins.docker.provider import DockerProvider
 from provisioner.plugins.host import PluginHost
@@ -101,11 +103,15 @@ class ControlPlane:
             self.ledger, service=self.instances, cluster=self.cluster, settings=settings, changes=self.changes
         )
         disk = DiskWatch(self.ledger, cluster=self.cluster, hosts=self.hosts)
+        moves = Mover(self.ledger, cluster=self.cluster, service=self.instances, settings=settings)
+        live = LiveSnapshots(self.ledger, cluster=self.cluster, settings=settings, changes=self.changes)
         sampler = Sampler(self.ledger, cluster=self.cluster, hosts=self.hosts)
         self._loops = [
             Loop("heartbeat", self._nodes.step, every_s=settings.heartbeat_s),
             Loop("readiness", self._readiness.step, every_s=settings.heartbeat_s),
             Loop("repair", self._repair.step, every_s=settings.heartbeat_s),
+            Loop("moves", moves.step, every_s=settings.heartbeat_s),
+            Loop("live snapshots", live.step, every_s=settings.idle_check_s),
             Loop("idle", idle.step, every_s=settings.idle_check_s),
             Loop("disk", disk.step, every_s=settings.disk_check_s),
             Loop("sampler", sampler.step, every_s=settings.sample_s),

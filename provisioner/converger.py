@@ -8,14 +8,18 @@ Wishes that come while an update runs share the next one. Per instance the steps
                                                and recorded; never in the same update
     wanted absent    DELETE
     as wanted        TIDY                      what is left of a dormancy that failed, once the instance runs again
+    running on       LIVE_SNAPSHOT             taken while it runs
 
 Each is idempotent: after a crash at any point the same step is found again and run again.
+
+Steps on a node that does not answer stay out of updates until it does: they would hold up everybody else's. Only what
+needs nothing of the node goes on: giving up the body of an instance whose snapshot is verified, and forced deletes.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from itertools import islice
@@ -30,7 +34,7 @@ from provisioner.engine import Program, UpdateResult
 from provisioner.errors import DockerNotFound, EngineError, MachineuseError, PortTaken, SnapshotFailed, StackLocked
 from provisioner.ledger import Ledger
 from provisioner.ledger.instances import LoadReader, Update
-from provisioner.ledger.records import InstanceRecord
+from provisioner.ledger.records import InstanceRecord, NodeStatus
 from provisioner.outcomes import PERMANENT, error_of
 from provisioner.plugins.failures import read_code
 from provisioner.settings import Settings
@@ -56,6 +60,7 @@ class Step(Enum):
     SHED = auto()
     DELETE = auto()
     TIDY = auto()
+    LIVE_SNAPSHOT = auto()
 
 
 class UpdateRunner(Protocol):
@@ -79,9 +84,15 @@ def plan(record: InstanceRecord, *, names: Names) -> Work | None:
     component = names.component_urn(record.id)
     obsolete = [names.snapshot_urn(record.id, generation) for generation in record.obsolete_snapshots]
     if record.settled_generation >= record.generation:
-        if not obsolete or record.status not in UP:
+        if record.status not in UP:
             return None
-        return Work(record=record, step=Step.TIDY, targets=_if_there(obsolete))
+        if obsolete:
+            return Work(record=record, step=Step.TIDY, targets=_if_there(obsolete))
+        if (live := record.pending_live) is not None:
+            return Work(
+                record=record, step=Step.LIVE_SNAPSHOT, targets=(names.snapshot_urn(record.id, live.generation),)
+            )
+        return None
     if record.wanted is Wanted.ABSENT:
         return Work(record=record, step=Step.DELETE, targets=_if_there(all_urns(record, names=names)))
     if record.wanted is Wanted.RUNNING:
@@ -92,6 +103,13 @@ def plan(record: InstanceRecord, *, names: Names) -> Work | None:
         taken = record.snapshot_generation or record.generation
         return Work(record=record, step=Step.SNAPSHOT, targets=(names.snapshot_urn(record.id, taken),))
     return Work(record=record, step=Step.SHED, targets=_if_there([*body_urns(record, names=names), *obsolete]))
+
+
+def needs_node(work: Work) -> bool:
+    """Say whether a step needs an answer of the node that the instance is on."""
+    if work.step is Step.DELETE:
+        return work.record.body and not work.record.force
+    return work.step not in (Step.SHED, Step.TIDY)
 
 
 def _if_there(urns: Sequence[str]) -> tuple[str, ...]:
@@ -136,7 +154,9 @@ class Converger:
         Repairs have an update of their own, and so has one suspect.
         """
         now = time.time()
-        planned = [work for record in self._ledger.instances.unsettled() if (work := plan(record, names=self._names))]
+        planned = self._leave_out_silent_nodes(
+            work for record in self._ledger.instances.unsettled() if (work := plan(record, names=self._names))
+        )
         self._suspects &= {work.record.id for work in planned}
         # A time further away than any retry was written by a clock that has been set back since.
         due = [work for work in planned if not now < work.record.retry_at <= now + MAX_RETRY_S]
@@ -155,6 +175,17 @@ class Converger:
             if works:
                 self._run(works, refresh=works[0].record.repair)
         return 0.0
+
+    def _leave_out_silent_nodes(self, works: Iterable[Work]) -> list[Work]:
+        """Leave out what would wait for a node that does not answer; health.py wakes us when that changes."""
+        nodes = self._ledger.nodes.list()
+        away = {node.id for node in nodes if node.status is NodeStatus.OFFLINE}
+        in_doubt = {node.id for node in nodes if node.status is NodeStatus.ONLINE and node.misses}
+        return [
+            work
+            for work in works
+            if work.record.node_id not in in_doubt and not (work.record.node_id in away and needs_node(work))
+        ]
 
     def _set_apart(self, due: Sequence[Work]) -> Sequence[Work]:
         """Leave out all suspects but one: each has an update of its own, and nobody else waits for all of them."""
@@ -243,13 +274,14 @@ class Converger:
             )
             if now is not None:
                 self._await_ready(now)
-        elif work.step is Step.SNAPSHOT:
+        elif work.step in (Step.SNAPSHOT, Step.LIVE_SNAPSHOT):
             outputs = result.outputs[work.targets[0]]
+            taken = record.pending_live.generation if record.pending_live else record.snapshot_generation or generation
             self._change(
                 record,
                 lambda r: lifecycle.note_snapshot(
                     r,
-                    generation=record.snapshot_generation or generation,
+                    generation=taken,
                     size_bytes=int(outputs.get("bytes") or 0),
                     keep=self._settings.snapshot_keep,
                 ),
@@ -283,6 +315,10 @@ class Converger:
             now = self._change(record, lambda r: lifecycle.note_sleep_failed(r, generation=generation, error=failed))
             if now is not None:
                 self._await_ready(now)
+            return
+        if work.step is Step.LIVE_SNAPSHOT and record.pending_live is not None:
+            taken = record.pending_live.generation
+            self._change(record, lambda r: lifecycle.note_live_snapshot_failed(r, generation=taken, error=error))
             return
         if work.step is not Step.CREATE:
             self._retry(work, error)  # nothing is lost meanwhile, and giving up would leave a half-deleted instance
@@ -349,7 +385,7 @@ def find_error(work: Work, result: UpdateResult, *, names: Names) -> MachineuseE
         return error_of(max(said, key=lambda text: (read_code(text) is not None, len(text))))
     if work.step is Step.CREATE:
         done = names.container_urn(work.record.id) in result.outputs
-    elif work.step is Step.SNAPSHOT:
+    elif work.step in (Step.SNAPSHOT, Step.LIVE_SNAPSHOT):
         done = work.targets[0] in result.outputs
     else:
         done = not any(urn == "" for urn in result.errors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from provisioner.ledger import Ledger
-from provisioner.ledger.records import InstanceRecord, SnapshotState
+from provisioner.ledger.records import InstanceRecord, NodeStatus
 from provisioner.lifecycle import DELETED
 from provisioner.plugins.policy import DeleteDecision
 from provisioner.states import Wanted
@@ -47,14 +47,27 @@ class LedgerGuard:
         if reason is not None:
             return DeleteDecision(allowed=False, reason=reason)
         return DeleteDecision(
-            allowed=True, force=record is not None and record.force, stop_timeout_s=self._stop_timeout_s
+            allowed=True,
+            force=record is not None and record.force,
+            abandon=record is not None and self._is_away(_node_of(record, urn=urn, kind=kind)),
+            stop_timeout_s=self._stop_timeout_s,
         )
+
+    def _is_away(self, node_id: str) -> bool:
+        """Say whether a node is known not to answer: whoever asks it all the same holds up the whole update."""
+        return any(node.id == node_id and node.status is NodeStatus.OFFLINE for node in self._ledger.nodes.list())
 
     def note_leftover(self, *, urn: str, host: str, name: str) -> None:
         """Remember what a forced delete left on a node that did not answer."""
         node = next((node for node in self._ledger.nodes.list() if node.host == host), None)
         if node is not None:
             self._ledger.leftovers.add(node_id=node.id, urn=urn, name=name)
+
+
+def _node_of(record: InstanceRecord, *, urn: str, kind: str) -> str:
+    """Return the node that something of an instance is on: a snapshot's copy may be on another than its body."""
+    taken = next((s for s in record.snapshots if urn.endswith(f"-snapshot-{s.generation}")), None)
+    return taken.node_id if kind == "snapshot" and taken is not None else record.node_id
 
 
 def _reason_to_keep(record: InstanceRecord, *, urn: str, kind: str, replacing: bool) -> str | None:
@@ -70,6 +83,6 @@ def _reason_to_keep(record: InstanceRecord, *, urn: str, kind: str, replacing: b
         )
     if kind == "snapshot":
         kept = next((s for s in record.snapshots if urn.endswith(f"-snapshot-{s.generation}")), None)
-        if kept is not None and kept.state is not SnapshotState.EXPIRING:
+        if kept is not None and kept.generation not in record.obsolete_snapshots:
             return f"Snapshot {kept.generation} of instance {record.id} is not deleted: the ledger keeps it."
     return None

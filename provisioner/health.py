@@ -88,7 +88,7 @@ class NodeHealth:
             self._answered(node, info)
 
     def _answered(self, node: NodeSpec, info: Mapping[str, Any]) -> None:
-        was_online = self._ledger.nodes.get(node.id).status is NodeStatus.ONLINE
+        was = self._ledger.nodes.get(node.id)
         self._ledger.nodes.observe(
             node.id,
             values={
@@ -96,15 +96,18 @@ class NodeHealth:
                 "error": None,
                 "misses": 0,
                 "last_heartbeat": time.time(),
+                "offline_since": None,
                 "cpu_cores": float(info.get("NCPU") or 0) or None,
                 "memory_bytes": int(info.get("MemTotal") or 0) or None,
                 "disk_quota": self._quotas[node.id],
                 "labels": _labels_of_engine(info) | node.labels,
             }
             | self._measure(node, info),
-            event=None if was_online else ("node_online", f"node {node.id} answers"),
+            event=None if was.status is NodeStatus.ONLINE else ("node_online", f"node {node.id} answers"),
         )
-        if not was_online:
+        if was.misses:
+            self._changes.work.set()  # what was kept out of updates
+        if was.status is NodeStatus.OFFLINE:
             log.info("node online", node=node.id)
             waiting = [record.id for record in self._ledger.instances.unsettled() if record.node_id == node.id]
             self._ledger.instances.change_many(waiting, lambda record, _: lifecycle.note_node_back(record))
@@ -133,7 +136,10 @@ class NodeHealth:
             log.warning("node offline", node=node.id, error=error.message, detail=error.detail)
         if known.status is NodeStatus.OFFLINE or event is not None:
             values |= {"status": NodeStatus.OFFLINE, "cpu_percent": None, "memory_percent": None, "disk_percent": None}
+            values["offline_since"] = known.offline_since or time.time()
         self._ledger.nodes.observe(node.id, values=values, event=event)
+        if event is not None:
+            self._changes.work.set()  # what needs nothing more of the node
 
 
 def _labels_of_engine(info: Mapping[str, Any]) -> dict[str, str]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Collection
+from datetime import UTC, datetime
 from typing import Any
 
-from provisioner.errors import Conflict, MachineuseError
+from provisioner.errors import Conflict, MachineuseError, SnapshotCorrupt, SnapshotMissing
 from provisioner.ledger.instances import Update
-from provisioner.ledger.records import InstanceRecord, SnapshotRecord, SnapshotState
+from provisioner.ledger.records import InstanceRecord, Moving, SnapshotRecord, SnapshotState
 from provisioner.states import UP, Event, Status, Wanted, next_status
 
 DELETED = "deleted"
@@ -28,6 +29,8 @@ def wish_dormant(record: InstanceRecord, *, reason: str) -> Update | None:
     """Want the instance dormant; None when that is under way already. Raises Conflict."""
     if record.wanted is Wanted.ABSENT:
         raise Conflict(f"Instance {record.id} is being deleted.")
+    if record.wanted is Wanted.DORMANT and record.moving is not None:
+        return Update(values={"moving": None}, event=("dormant", reason))  # it need not be given back elsewhere then
     if record.wanted is Wanted.DORMANT and record.settled_generation < record.generation:
         return None
     if record.status is Status.CREATING and record.settled_generation < record.generation:
@@ -55,6 +58,69 @@ def wish_dormant(record: InstanceRecord, *, reason: str) -> Update | None:
     )
 
 
+def wish_drained(record: InstanceRecord) -> Update | None:
+    """Want the instance dormant, to be revived on another node; None while something else is under way."""
+    if record.settled_generation < record.generation or record.status not in UP:
+        return None
+    slept = wish_dormant(record, reason=f"to be moved: node {record.node_id} is drained")
+    if slept is None:
+        return None
+    return dataclasses.replace(slept, values={**slept.values, "moving": Moving.DRAIN})
+
+
+def wish_moved(record: InstanceRecord, *, away_s: float) -> Update | None:
+    """Want an instance whose node is lost given back elsewhere, from its last snapshot; None where there is none.
+
+    What came after that snapshot is lost, and the event says so. Whatever was under way is overtaken, but a dormancy
+    and a delete: those wait for the node.
+    """
+    last = record.last_verified
+    if record.wanted is not Wanted.RUNNING or last is None:
+        return None
+    return Update(
+        values=_new_wish(record, wanted=Wanted.DORMANT, event=Event.MOVE)
+        | {"snapshot_generation": last.generation, "moving": Moving.OFFLINE},
+        event=(
+            "move",
+            f"node {record.node_id} has not answered for {_for_people(away_s)}: to be given back on another node"
+            f" {tell_loss(last)}",
+        ),
+    )
+
+
+def tell_loss(snapshot: SnapshotRecord) -> str:
+    """Say, for people, what may be lost by going back to a snapshot."""
+    taken_at = datetime.fromtimestamp(snapshot.created_at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    return f"from snapshot {snapshot.generation} of {taken_at}; what it did after that is lost"
+
+
+def _for_people(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def wish_live_snapshot(record: InstanceRecord, *, reason: str) -> Update | None:
+    """Want a snapshot of an instance that goes on running; None when that can't be now.
+
+    It is no new wish of what the instance should be: it stays settled all the while, only its number goes up.
+    """
+    if record.status not in UP or record.wanted is not Wanted.RUNNING or record.pending_live is not None:
+        return None
+    if record.settled_generation < record.generation:
+        return None
+    generation = record.generation + 1
+    snapshot = SnapshotRecord(
+        instance_id=record.id,
+        generation=generation,
+        node_id=record.node_id,
+        state=SnapshotState.PENDING,
+        live=True,
+        bytes=None,
+        created_at=time.time(),
+    )
+    counted = dict.fromkeys(("generation", "applied_generation", "settled_generation"), generation)
+    return Update(values=counted, put_snapshots=(snapshot,), event=("live_snapshot", reason))
+
+
 def check_revivable(record: InstanceRecord) -> None:
     """Raise Conflict unless the instance is dormant, with nothing under way, and has a snapshot."""
     if record.wanted is Wanted.ABSENT:
@@ -77,21 +143,24 @@ def wish_revived(
     node_id: str,
     ports: tuple[int, ...],
     disk_enforced: bool = False,
+    why_there: str | None = None,
     note: str | None = None,
 ) -> Update:
     """Want a dormant instance back, on that node and those ports (debug and stream, where it has them).
 
-    `disk_enforced` is of that node; `note` tells people why it is that one.
+    `disk_enforced` is of that node, and `why_there` tells people why it is that one; `note` tells them what is special
+    about how it is restored.
     """
     check_revivable(record)
     debug_port, stream_port = ports if record.browser else (None, None)
+    remarks = "; ".join(remark for remark in (why_there, note) if remark)
     return Update(
         values=_new_wish(record, wanted=Wanted.RUNNING, event=Event.REVIVE)
         | {
             "restore_generation": record.snapshot_generation,
             "restore_method": method,
             "restored_by": None,
-            "restore_note": None,
+            "restore_note": note,
             "node_id": node_id,
             "disk_enforced": disk_enforced,
             "debug_port": debug_port,
@@ -99,7 +168,7 @@ def wish_revived(
             "body": True,
         },
         take_ports=ports,
-        event=("revive", f"to be restored by {method} on node {node_id}" + (f" ({note})" if note else "")),
+        event=("revive", f"to be restored by {method} on node {node_id}" + (f" ({remarks})" if remarks else "")),
     )
 
 
@@ -161,7 +230,7 @@ def note_created(
             "applied_generation": generation,
             "body": True,
             "restored_by": restored_by or record.restored_by,
-            "restore_note": restore_note or record.restore_note,
+            "restore_note": _add_note(record.restore_note, restore_note),
         }
         | _forget_retries(record),
         event=("restored", f"restored by {restored_by}" + (f": {restore_note}" if restore_note else ""))
@@ -170,12 +239,24 @@ def note_created(
     )
 
 
+def _add_note(said: str | None, more: str | None) -> str | None:
+    if said is None or more is None or more in said:
+        return said or more
+    return f"{said} {more}"
+
+
 def note_ready(record: InstanceRecord, *, generation: int) -> Update | None:
     """Its browser answers (or, without one, its container runs)."""
     if record.generation != generation or record.wanted is not Wanted.RUNNING:
         return None
     return Update(
-        values={"settled_generation": generation, "repair": False, "attempts": 0, "last_active_at": time.time()}
+        values={
+            "settled_generation": generation,
+            "repair": False,
+            "moving": None,
+            "attempts": 0,
+            "last_active_at": time.time(),
+        }
         | (_FORGET_ERROR if record.status is Status.FAILED else {})
         | _become(record, Event.READY),
         event=("ready", "it can be used"),
@@ -197,6 +278,17 @@ def note_snapshot(record: InstanceRecord, *, generation: int, size_bytes: int, k
     )
 
 
+def note_live_snapshot_failed(record: InstanceRecord, *, generation: int, error: MachineuseError) -> Update | None:
+    """No live snapshot this time: what there may be of it goes, and the instance runs on."""
+    failed = record.snapshot(generation)
+    if failed is None or failed.state is not SnapshotState.PENDING:
+        return None
+    return Update(
+        put_snapshots=(dataclasses.replace(failed, state=SnapshotState.EXPIRING),),
+        event=("live_snapshot_failed", error.explain()),
+    )
+
+
 def note_dormant(record: InstanceRecord, *, generation: int) -> Update | None:
     """Container and volume are gone; the verified snapshot is all there is, and all that is needed."""
     if record.generation != generation or record.wanted is not Wanted.DORMANT:
@@ -214,7 +306,7 @@ def note_dormant(record: InstanceRecord, *, generation: int) -> Update | None:
         }
         | _forget_retries(record)
         | _become(record, Event.SLEPT),
-        drop_snapshots=tuple(s.generation for s in record.snapshots if s.state is SnapshotState.EXPIRING),
+        drop_snapshots=tuple(record.obsolete_snapshots),
         release_ports=True,
         event=("slept", "it is dormant"),
     )
@@ -238,6 +330,7 @@ def note_sleep_failed(record: InstanceRecord, *, generation: int, error: Machine
             "snapshot_generation": None,
             "attempts": 0,
             "repair": False,
+            "moving": None,
             "error_code": error.code,
             "error_message": error.explain(),
             "error_generation": generation,
@@ -258,6 +351,7 @@ def note_revive_failed(record: InstanceRecord, *, generation: int, error: Machin
             "wanted": Wanted.DORMANT,
             "generation": generation + 1,
             "snapshot_generation": record.restore_generation,
+            "moving": None if isinstance(error, SnapshotCorrupt | SnapshotMissing) else record.moving,
             "attempts": 0,
             "error_code": error.code,
             "error_message": error.explain(),

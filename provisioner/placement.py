@@ -282,7 +282,7 @@ def _tell(need: Need, found: Found, *, several: bool = False) -> str:
     return {
         Lack.OFFLINE: "offline",
         Lack.CLOSED: found.what,
-        Lack.AVOIDED: "not to be used for it",
+        Lack.AVOIDED: "is to be left",
         Lack.LABELS: f"not labelled {found.what}",
         Lack.VOLUME: f"no {need.volume} volumes for homes",
         Lack.INSTANCES: "have all their instances" if several else f"has its {found.left:g} instances",

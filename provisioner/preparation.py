@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -29,7 +30,7 @@ from provisioner.docker_hosts.images import ensure_image, find_image
 from provisioner.docker_hosts.volumes import remove_volume
 from provisioner.errors import MachineuseError, NodeUnreachable, UnknownNode
 from provisioner.ledger import Ledger
-from provisioner.ledger.records import InstanceRecord
+from provisioner.ledger.records import InstanceRecord, NodeStatus
 from provisioner.plugins.docker.provider import DockerProvider
 from provisioner.plugins.machineuse.snapshot import labels_of
 from provisioner.settings import Settings
@@ -38,7 +39,6 @@ from provisioner.snapshots.machine import Volumes
 from provisioner.snapshots.manifest import SnapshotId
 from provisioner.snapshots.store import SnapshotStore
 from provisioner.specs import spec_of
-from provisioner.states import Wanted
 from stacks.instance import container_arguments, volume_arguments
 from stacks.names import Names
 from stacks.spec import HOME_PATH, NodeSpec
@@ -46,6 +46,7 @@ from stacks.spec import HOME_PATH, NodeSpec
 log = structlog.get_logger(__name__)
 
 WORKERS = 4
+"""Slow preparations side by side on one node; each node has its own, so that one that hangs holds up no other."""
 QUICK_WORKERS = 8
 IMAGE_KNOWN_S = 60.0
 """How long an image that was seen on a node is taken to be there."""
@@ -77,9 +78,13 @@ class Preparation:
         self._changes = changes
         self._docker = docker
         self._names = Names(cluster.name)
-        self._pool = ThreadPoolExecutor(max_workers=WORKERS, thread_name_prefix="machineuse-preparation")
+        self._pools: defaultdict[str, ThreadPoolExecutor] = defaultdict(
+            lambda: ThreadPoolExecutor(max_workers=WORKERS, thread_name_prefix="machineuse-preparation")
+        )
         # What takes a moment never queues behind gigabytes.
-        self._quick_pool = ThreadPoolExecutor(max_workers=QUICK_WORKERS, thread_name_prefix="machineuse-quick")
+        self._quick_pools: defaultdict[str, ThreadPoolExecutor] = defaultdict(
+            lambda: ThreadPoolExecutor(max_workers=QUICK_WORKERS, thread_name_prefix="machineuse-quick")
+        )
         self._lock = threading.Lock()
         self._jobs: dict[Key, Future[None]] = {}
         self._ahead: dict[str, Future[None]] = {}
@@ -97,21 +102,21 @@ class Preparation:
             job = self._prepare_image(work.record)
             if job is None:
                 self._start_ahead(work.record)
-        elif self._is_making_ahead(work.record):
+        elif self._is_making_ahead(work.record) or (
+            work.step is not Step.LIVE_SNAPSHOT and self._is_capturing(work.record)
+        ):
             return False
-        elif work.step is Step.SNAPSHOT:
+        elif work.step in (Step.SNAPSHOT, Step.LIVE_SNAPSHOT):
             job = self._prepare_snapshot
-        elif work.step is Step.DELETE and self._is_capturing(work.record):
-            return False
         else:
-            job = self._discard if work.record.obsolete_snapshots else None
+            job = self._discard_obsolete if work.record.obsolete_snapshots else None
         if job is None:
             return True
         key = (work.record.id, work.record.generation, work.step)
         with self._lock:
             future = self._jobs.get(key)
             if future is None:
-                future = self._jobs[key] = self._pool.submit(job, work.record)
+                future = self._jobs[key] = self._pools[work.record.node_id].submit(job, work.record)
                 future.add_done_callback(lambda _: self._changes.work.set())
             if not future.done():
                 return False
@@ -128,7 +133,7 @@ class Preparation:
         """Make volume and container while the CLI starts; the update's resources wait for them, and adopt them."""
         if record.restore_generation is None and not record.repair and record.attempts == 0:
             with self._lock:
-                future = self._ahead[record.id] = self._quick_pool.submit(self._create_body, record)
+                future = self._ahead[record.id] = self._quick_pools[record.node_id].submit(self._create_body, record)
             future.add_done_callback(lambda done: self._forget_ahead(record.id, done))
 
     def _forget_ahead(self, instance_id: str, done: Future[None]) -> None:
@@ -181,18 +186,21 @@ class Preparation:
         """Remove the container and volume of an instance that should have none, where the stack does not know them.
 
         An update that was killed, or never run, may have made them. Idempotent. Raises DockerError, but not for a node
-        that does not answer when the delete is forced: then they are noted, to be removed when it is back.
+        that is away, or does not answer when the delete is forced: then they are noted, to be removed when it is back.
         """
         node = self._cluster.node(record.node_id)
         if node is None:
             return
         host = self._hosts.of(node)
         container, volume = self._names.docker_container(record.id), self._names.docker_volume(record.id)
+        away = self._is_away(node)
         try:
+            if away:
+                raise NodeUnreachable(f"Node {node.id} does not answer.")
             remove_container(host, container, kill=True)
             remove_volume(host, volume)
         except NodeUnreachable:
-            if not record.force:
+            if not record.force and not away:
                 raise
             for urn, name in (
                 (self._names.container_urn(record.id), container),
@@ -206,7 +214,7 @@ class Preparation:
         What is under way for the instance (a snapshot, a graceful stop) ends by it.
         """
         self._patience.setdefault(record.id, time.monotonic() + KILL_WAIT_S)
-        self._quick_pool.submit(self._kill, record)
+        self._quick_pools[record.node_id].submit(self._kill, record)
 
     def _kill(self, record: InstanceRecord) -> None:
         try:
@@ -217,16 +225,19 @@ class Preparation:
 
     def close(self) -> None:
         """Start nothing more; what runs is found again after a restart."""
-        for pool in (self._pool, self._quick_pool):
+        for pool in (*self._pools.values(), *self._quick_pools.values()):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _is_capturing(self, record: InstanceRecord) -> bool:
         """Say whether a snapshot of the instance is still being captured, and worth waiting for."""
+        node = self._cluster.node(record.node_id)
+        if node is None or self._is_away(node):
+            return False  # whatever hangs there finds out, once it goes on, that nobody needs it any more
         with self._lock:
             for key in [key for key in self._jobs if key[0] == record.id and key[1] != record.generation]:
                 if self._jobs[key].done():
                     del self._jobs[key]
-                elif key[2] is Step.SNAPSHOT and self._is_patient(record):
+                elif key[2] in (Step.SNAPSHOT, Step.LIVE_SNAPSHOT) and self._is_patient(record):
                     return True
         self._patience.pop(record.id, None)
         return False
@@ -258,7 +269,8 @@ class Preparation:
 
     def _prepare_snapshot(self, record: InstanceRecord) -> None:
         node = self._node_of(record)
-        generation = record.snapshot_generation or record.generation
+        live = record.pending_live
+        generation = live.generation if live else record.snapshot_generation or record.generation
         snapshot = SnapshotId(instance_id=record.id, generation=generation)
         Capture(
             CaptureRequest(
@@ -286,26 +298,38 @@ class Preparation:
             progress=lambda said: log.debug("snapshot", instance=record.id, progress=said),
         ).run()
         now = self._ledger.instances.find(record.id)
-        if now is None or now.wanted is Wanted.ABSENT:
-            self._discard(record)
+        if now is None or now.snapshot(generation) is None or generation in now.obsolete_snapshots:
+            self._discard(record, generations=[generation])  # while it was taken, it lost its point
 
-    def _discard(self, record: InstanceRecord) -> None:
-        """Throw away the snapshots that an instance no longer needs, whether they became resources or not. Idempotent.
+    def _discard_obsolete(self, record: InstanceRecord) -> None:
+        self._discard(record, generations=record.obsolete_snapshots)
 
-        Raises NodeUnreachable, unless the delete is forced: then the copies are noted, to be removed when it is back.
+    def _discard(self, record: InstanceRecord, *, generations: Sequence[int]) -> None:
+        """Throw away snapshots that an instance no longer needs, whether they became resources or not. Idempotent.
+
+        Raises NodeUnreachable, but not for a node that is away, or when the delete is forced: then the copies are
+        noted, to be removed when it is back.
         """
-        for generation in record.obsolete_snapshots:
-            node = self._cluster.node(record.node_id)
+        for generation in generations:
+            taken = record.snapshot(generation)
+            node = self._cluster.node(taken.node_id if taken is not None else record.node_id)
             copy = self._names.docker_copy(record.id, generation)
             if node is not None:
+                away = self._is_away(node)
                 try:
+                    if away:
+                        raise NodeUnreachable(f"Node {node.id} does not answer.")
                     DockerMachine(self._hosts.of(node), helper_image=self._cluster.helper_image).remove_copy(copy)
                 except NodeUnreachable:
-                    if not record.force:
+                    if not record.force and not away:
                         raise
                     urn = self._names.snapshot_urn(record.id, generation)
                     self._ledger.leftovers.add(node_id=node.id, urn=urn, name=copy)
             self._store.delete(SnapshotId(instance_id=record.id, generation=generation))
+
+    def _is_away(self, node: NodeSpec) -> bool:
+        """Say whether a node is known not to answer."""
+        return any(known.id == node.id and known.status is NodeStatus.OFFLINE for known in self._ledger.nodes.list())
 
 
 def _as_inputs(arguments: Mapping[str, Any]) -> dict[str, Any]:

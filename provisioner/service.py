@@ -20,7 +20,7 @@ from provisioner.errors import Conflict, MachineuseError, NotFound, SnapshotCorr
 from provisioner.images import ImageCatalogue, ResolvedImage
 from provisioner.ledger import Ledger
 from provisioner.ledger.instances import LoadReader, Update
-from provisioner.ledger.records import InstanceRecord
+from provisioner.ledger.records import InstanceRecord, Moving, NodeStatus
 from provisioner.placement import Limits, Need, Place, choose_place
 from provisioner.settings import Settings
 from provisioner.states import Status, Wanted
@@ -116,30 +116,17 @@ class InstanceService:
         method: str,
         node_preference: str | None = None,
         node_strict: bool = False,
-        avoid: Collection[str] = (),
     ) -> InstanceRecord:
         """Want a dormant instance back: on the preferred node, on the one with its copy, or on any that will do.
 
-        Never on a node of `avoid`. Raises NotFound, Conflict, InvalidRequest (node) and NoCapacity.
+        Raises NotFound, Conflict, InvalidRequest (node) and NoCapacity.
         """
 
         def decide(record: InstanceRecord, loads: LoadReader) -> Update | None:
-            if record.operation == "reviving":
+            if record.wanted is Wanted.RUNNING and record.operation in ("reviving", "moving"):
                 return None  # being revived already: this caller waits for the same outcome
             lifecycle.check_revivable(record)
-            taken = record.snapshot(record.snapshot_generation)
-            need = Need(
-                memory_gb=record.memory_gb,
-                cpu_cores=record.cpu_cores,
-                disk_gb=record.disk_gb,
-                ports=2 if record.browser else 0,
-                labels=record.node_labels,
-                volume=record.volume,
-                node_preference=node_preference,
-                strict=node_strict,
-                home_node=taken.node_id if taken is not None else record.node_id,
-                avoid=frozenset(avoid),
-            )
+            need = self._need_again(record, node_preference=node_preference, strict=node_strict)
             place = self._place(need, loads=loads)
             return lifecycle.wish_revived(
                 record,
@@ -147,10 +134,77 @@ class InstanceService:
                 node_id=place.node.id,
                 ports=place.ports,
                 disk_enforced=place.disk_quota,
-                note=place.note,
+                why_there=place.note,
             )
 
         return self._wish(instance_id, decide)
+
+    def drain(self, instance_id: str) -> InstanceRecord:
+        """Want a running instance dormant, to be revived on another node. Raises NotFound and NoCapacity."""
+
+        def decide(record: InstanceRecord, loads: LoadReader) -> Update | None:
+            self._place(self._need_again(record, avoid={record.node_id}), loads=loads)
+            return lifecycle.wish_drained(record)
+
+        return self._wish(instance_id, decide)
+
+    def give_up_body(self, instance_id: str, *, away_s: float) -> InstanceRecord:
+        """Want an instance of a lost node given back elsewhere, if there is a place. Raises NotFound and NoCapacity."""
+
+        def decide(record: InstanceRecord, loads: LoadReader) -> Update | None:
+            if self._ledger.nodes.get(record.node_id).status is not NodeStatus.OFFLINE:
+                return None  # it is back
+            self._place(self._need_again(record, avoid={record.node_id}), loads=loads)
+            return lifecycle.wish_moved(record, away_s=away_s)
+
+        return self._wish(instance_id, decide)
+
+    def revive_elsewhere(self, instance_id: str) -> InstanceRecord:
+        """Revive an instance that is being moved. Raises NotFound, Conflict and NoCapacity."""
+
+        def decide(record: InstanceRecord, loads: LoadReader) -> Update | None:
+            if record.moving is None:
+                return None
+            lifecycle.check_revivable(record)
+            place = self._place(self._need_again(record), loads=loads)
+            source = record.snapshot(record.snapshot_generation)
+            note = None
+            if record.moving is Moving.OFFLINE and source is not None:
+                note = f"Node {record.node_id} was lost: given back {lifecycle.tell_loss(source)}."
+            return lifecycle.wish_revived(
+                record,
+                method=FULL_RESTORE,
+                node_id=place.node.id,
+                ports=place.ports,
+                disk_enforced=place.disk_quota,
+                note=note,
+            )
+
+        return self._wish(instance_id, decide)
+
+    def _need_again(
+        self,
+        record: InstanceRecord,
+        *,
+        node_preference: str | None = None,
+        strict: bool = False,
+        avoid: Collection[str] = (),
+    ) -> Need:
+        """Return what an instance that exists needs of a node. Where something of it is left over, it can't go: that
+        is removed by name, and would be taken for what is left over."""
+        taken = record.snapshot(record.snapshot_generation)
+        return Need(
+            memory_gb=record.memory_gb,
+            cpu_cores=record.cpu_cores,
+            disk_gb=record.disk_gb,
+            ports=2 if record.browser else 0,
+            labels=record.node_labels,
+            volume=record.volume,
+            node_preference=node_preference,
+            strict=strict,
+            home_node=taken.node_id if taken is not None else record.node_id,
+            avoid=self._ledger.leftovers.nodes_of(record.id) | frozenset(avoid),
+        )
 
     def delete(self, instance_id: str, *, force: bool) -> InstanceRecord:
         """Want the instance gone, with its snapshots. Raises NotFound."""

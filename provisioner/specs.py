@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from provisioner.ledger.records import InstanceRecord, SnapshotState
+from provisioner.ledger.records import InstanceRecord
 from provisioner.states import Wanted
 from stacks.names import Names
 from stacks.spec import InstanceSpec, RestoreSpec, SnapshotRef
@@ -20,7 +20,7 @@ def spec_of(record: InstanceRecord) -> InstanceSpec | None:
     refs = {
         s.generation: SnapshotRef(instance_id=record.id, generation=s.generation, node_id=s.node_id)
         for s in record.snapshots
-        if s.state is not SnapshotState.EXPIRING
+        if s.generation not in record.obsolete_snapshots
     }
     body = not record.sleeps_safely
     restore = None

@@ -41,6 +41,7 @@ class Event(StrEnum):
     REVIVE = "revive"  # somebody asks for it back
     REVIVE_FAILED = "revive_failed"  # could not be restored: the snapshot is kept
     FAIL = "fail"  # cannot be made what it should be
+    MOVE = "move"  # its node is lost: it is given back from its last snapshot on another one
     LOST = "lost"  # its container is gone or stopped behind our back; being made again
     DELETE = "delete"  # somebody asks for its end
 
@@ -50,6 +51,8 @@ TRANSITIONS: dict[tuple[Status, Event], Status] = {
     (Status.CREATING, Event.FAIL): Status.FAILED,
     (Status.CREATING, Event.REVIVE_FAILED): Status.DORMANT,
     (Status.CREATING, Event.LOST): Status.CREATING,
+    (Status.CREATING, Event.MOVE): Status.CREATING,
+    (Status.CREATING, Event.SLEPT): Status.DORMANT,  # halfway through a move
     (Status.CREATING, Event.DELETE): Status.CREATING,
     (Status.RUNNING, Event.READY): Status.RUNNING,
     (Status.RUNNING, Event.QUIET): Status.IDLE,
@@ -59,6 +62,7 @@ TRANSITIONS: dict[tuple[Status, Event], Status] = {
     (Status.RUNNING, Event.SLEEP_FAILED): Status.RUNNING,
     (Status.RUNNING, Event.FAIL): Status.FAILED,
     (Status.RUNNING, Event.LOST): Status.CREATING,
+    (Status.RUNNING, Event.MOVE): Status.CREATING,
     (Status.RUNNING, Event.DELETE): Status.RUNNING,
     (Status.IDLE, Event.READY): Status.IDLE,
     (Status.IDLE, Event.QUIET): Status.IDLE,
@@ -68,11 +72,13 @@ TRANSITIONS: dict[tuple[Status, Event], Status] = {
     (Status.IDLE, Event.SLEEP_FAILED): Status.RUNNING,
     (Status.IDLE, Event.FAIL): Status.FAILED,
     (Status.IDLE, Event.LOST): Status.CREATING,
+    (Status.IDLE, Event.MOVE): Status.CREATING,
     (Status.IDLE, Event.DELETE): Status.IDLE,
     (Status.DORMANT, Event.SLEPT): Status.DORMANT,
     (Status.DORMANT, Event.REVIVE): Status.CREATING,
     (Status.DORMANT, Event.DELETE): Status.DORMANT,
     (Status.FAILED, Event.DELETE): Status.FAILED,
+    (Status.FAILED, Event.MOVE): Status.CREATING,
     (Status.FAILED, Event.READY): Status.RUNNING,
 }
 

@@ -126,16 +126,29 @@ class Instances:
             return _read(connection, [])
 
     def unsettled(self) -> list[InstanceRecord]:
-        """Return the instances that are not (known to be) what they should be, or keep what they no longer need.
+        """Return the instances that there is something to do about. Oldest first.
 
-        Oldest first.
+        They are not (known to be) what they should be, keep what they no longer need, or are to get a live snapshot.
         """
         table, snapshots = tables.instances, tables.snapshots
-        expiring = sa.select(snapshots.c.instance_id).where(snapshots.c.state == SnapshotState.EXPIRING.value)
-        with self._database.read() as connection:
-            return _read(
-                connection, [sa.or_(table.c.settled_generation < table.c.generation, table.c.id.in_(expiring))]
+        due = sa.select(snapshots.c.instance_id).where(
+            sa.or_(
+                snapshots.c.state == SnapshotState.EXPIRING.value,
+                sa.and_(snapshots.c.state == SnapshotState.PENDING.value, snapshots.c.live),
             )
+        )
+        with self._database.read() as connection:
+            return _read(connection, [sa.or_(table.c.settled_generation < table.c.generation, table.c.id.in_(due))])
+
+    def moving(self) -> list[InstanceRecord]:
+        """Return the instances that are being moved to another node, oldest first."""
+        with self._database.read() as connection:
+            return _read(connection, [tables.instances.c.moving.is_not(None)])
+
+    def on_node(self, node_id: str) -> list[InstanceRecord]:
+        """Return the instances that are, or sleep, on a node, oldest first."""
+        with self._database.read() as connection:
+            return _read(connection, [tables.instances.c.node_id == node_id])
 
     def failed(self) -> list[InstanceRecord]:
         """Return the instances that have failed, oldest first."""

@@ -110,10 +110,26 @@ class InstanceRecord:
     @property
     def obsolete_snapshots(self) -> list[int]:
         """Return the generations of the snapshots that nobody needs, whether they are resources of the stack or not."""
-        obsolete = {SnapshotState.EXPIRING}
-        if self.wanted is Wanted.ABSENT:
-            obsolete.add(SnapshotState.PENDING)
-        return [s.generation for s in self.snapshots if s.state in obsolete]
+        return [s.generation for s in self.snapshots if self._is_obsolete(s)]
+
+    def _is_obsolete(self, snapshot: SnapshotRecord) -> bool:
+        if snapshot.state is not SnapshotState.PENDING:
+            return snapshot.state is SnapshotState.EXPIRING
+        # One that was to be taken of a running instance has lost its point when that is to run no more.
+        return self.wanted is Wanted.ABSENT or (snapshot.live and self.wanted is not Wanted.RUNNING)
+
+    @property
+    def last_verified(self) -> SnapshotRecord | None:
+        """Return the newest snapshot that the instance could be given back from, or None."""
+        verified = [s for s in self.snapshots if s.state is SnapshotState.VERIFIED]
+        return max(verified, key=lambda s: s.generation, default=None)
+
+    @property
+    def pending_live(self) -> SnapshotRecord | None:
+        """Return the snapshot that is to be taken, or being taken, while the instance runs; or None."""
+        if self.wanted is not Wanted.RUNNING:
+            return None
+        return next((s for s in self.snapshots if s.live and s.state is SnapshotState.PENDING), None)
 
     @property
     def sleeps_safely(self) -> bool:
@@ -128,6 +144,8 @@ class InstanceRecord:
             return None
         if self.wanted is Wanted.ABSENT:
             return "deleting"
+        if self.moving is not None:
+            return "moving"
         if self.wanted is Wanted.DORMANT:
             return "making_dormant"
         if self.repair:

@@ -22,6 +22,8 @@ class DeleteDecision:
     """Why not: a sentence for the operator."""
     force: bool = False
     """Kill instead of stop, and take an unreachable node for an answer."""
+    abandon: bool = False
+    """Do not even ask the node, which is known not to answer: note what is left there."""
     stop_timeout_s: int = 10
     """How long a container may take to stop before it is killed."""
 

@@ -82,7 +82,7 @@ class World:
             return False
         if (error := self.unprepared.get(record.id)) is not None:
             raise error
-        if work.step is Step.SNAPSHOT:
+        if work.step in (Step.SNAPSHOT, Step.LIVE_SNAPSHOT):
             try:
                 self.engine.capture(work.targets[0], instance_id=record.id)
             except EngineError as said:

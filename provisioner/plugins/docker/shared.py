@@ -59,7 +59,7 @@ class DockerResources:
         """Run `remove` if the policy allows it.
 
         Raises `StillWanted`, with nothing touched, when it does not. A node that does not answer is `NodeUnreachable`,
-        unless the policy says `force`: then what is left there is noted, and the resource counts as deleted.
+        unless the policy says `force` or `abandon`: then what is left is noted, and the resource counts as deleted.
         """
         host = self._host(call)
         decision = self._policy.check_delete(
@@ -68,9 +68,11 @@ class DockerResources:
         if not decision.allowed:
             raise StillWanted(decision.reason or f"The {kind} {name} is still wanted.", detail=call.urn)
         try:
+            if decision.abandon:
+                raise NodeUnreachable(f"The Docker engine at {host.url} does not answer.")
             remove(host, decision)
         except NodeUnreachable as error:
-            if not decision.force:
+            if not decision.force and not decision.abandon:
                 raise
             log.warning("left on unreachable node", kind=kind, name=name, host=host.url, urn=call.urn)
             call.warn(f"{error.message} The {kind} {name} is left there until it is back.")

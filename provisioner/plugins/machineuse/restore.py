@@ -18,7 +18,7 @@ from provisioner.plugins.values import Properties
 from provisioner.snapshots.machine import Volumes
 from provisioner.snapshots.restore import RestoreRequest, restore, restored_tag
 from provisioner.snapshots.store import SnapshotStore
-from stacks.names import CLUSTER_LABEL, LEDGER_LABEL
+from stacks.names import CLUSTER_LABEL, INSTANCE_LABEL, LEDGER_LABEL
 
 TYPE = "machineuse:index:Restore"
 _ANY_HOME = "/home/machine"
@@ -93,7 +93,11 @@ class RestoreType(ResourceType):
         tag = restored_tag(gone.snapshot)
         if outputs.get("image") != tag:
             return
+        labels = {INSTANCE_LABEL: gone.instance, LEDGER_LABEL: gone.ledger_id}
+        decision = self._policy.check_delete(urn=call.urn, labels=labels, kind="restore", replacing=call.replacing)
         try:
+            if decision.abandon:
+                raise NodeUnreachable(f"Node {gone.node_id} does not answer.")
             self._machine(gone).remove_image(tag)
         except NodeUnreachable:
             self._policy.note_leftover(urn=call.urn, host=gone.docker_host, name=tag)

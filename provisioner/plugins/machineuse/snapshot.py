@@ -105,7 +105,7 @@ class SnapshotType(ResourceType):
 
         Raises:
             StillWanted: the policy says no.
-            NodeUnreachable: the node does not answer, and the deletion is not forced.
+            NodeUnreachable: the node does not answer, and the policy does not say to leave it alone.
             SnapshotFailed: the store can't be written.
         """
         del id
@@ -127,9 +127,11 @@ class SnapshotType(ResourceType):
         }
         for name, remove in leftovers.items():
             try:
+                if decision.abandon:
+                    raise NodeUnreachable(f"Node {gone.node_id} does not answer.")
                 remove()
             except NodeUnreachable:
-                if not decision.force:
+                if not decision.force and not decision.abandon:
                     raise
                 self._policy.note_leftover(urn=call.urn, host=gone.docker_host, name=name)
                 call.warn(f"{name} is left on node {gone.node_id}, which does not answer; it is removed later.")

@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 
 from provisioner import lifecycle
 from provisioner.errors import NoCapacity
-from provisioner.ledger.records import InstanceRecord, NodeStatus
+from provisioner.ledger.records import NodeStatus
 from provisioner.service import CreateRequest
 from stacks.spec import DEFAULT_IMAGE, Availability, ClusterSpec, NodeSpec, PortRange
 from tests.unit.api.conftest import GIB, FakeServices
@@ -155,13 +155,6 @@ def test_a_revive_asks_for_the_labels_again(services: FakeServices, client: Test
     refused = client.post(f"/v2/instances/{created['id']}/revive")
     assert refused.status_code == 503
     assert "node a: offline; node b: not labelled zone=1" in refused.json()["detail"]
-
-
-def test_a_move_never_ends_on_the_node_it_leaves(services: FakeServices, client: TestClient) -> None:
-    created = create(client, node_preference="a")
-    sleep(services, created["id"])
-    record: InstanceRecord = services.instances.revive(created["id"], method="quick_start", avoid={"a"})
-    assert record.node_id == "b"
 
 
 def test_a_node_shows_what_it_is_and_what_it_promised(services: FakeServices, client: TestClient) -> None:

@@ -1,0 +1,327 @@
+"""Moves to other nodes, with the real ledger, service and converger around an engine in memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from provisioner import lifecycle
+from provisioner.changes import Changes
+from provisioner.cluster import Cluster
+from provisioner.docker_hosts.hosts import DockerHosts
+from provisioner.errors import Conflict, SnapshotCorrupt
+from provisioner.images import ImageCatalogue
+from provisioner.ledger.records import InstanceRecord, Moving, NodeStatus, SnapshotRecord, SnapshotState
+from provisioner.lifecycle import Update
+from provisioner.moves import Mover
+from provisioner.service import QUICK_START, InstanceService
+from provisioner.settings import Settings
+from provisioner.states import Status, Wanted
+from stacks.spec import Availability, ClusterSpec, NodeSpec, OfflinePolicy
+from tests.support.world import ID, NAMES, World, empty_ledger
+
+HOME = NAMES.volume_urn(ID)
+DAY_S = 86400.0
+
+
+class Moves:
+    """Two nodes, `a` with an instance and `b` with room, and what moves between them."""
+
+    def __init__(self, directory: Path, *, action: str = "move") -> None:
+        self.world = World(empty_ledger(directory))
+        self.ledger = self.world.ledger
+        nodes = (NodeSpec(id="a", host="unix:///a"), NodeSpec(id="b", host="unix:///b"))
+        policy = OfflinePolicy(action=action, after_minutes=1)  # type: ignore[arg-type]
+        self.cluster = Cluster(ClusterSpec(name="unit", nodes=nodes, offline=policy))
+        self.ledger.nodes.sync(nodes)
+        for node in nodes:
+            self.observe(node.id, status=NodeStatus.ONLINE)
+        self.service = InstanceService(
+            self.ledger,
+            cluster=self.cluster,
+            settings=Settings(),
+            catalogue=ImageCatalogue(self.cluster, hosts=DockerHosts()),
+            changes=Changes(),
+            port_free=lambda _node, _port: True,
+        )
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin anew with what is in the ledger, like a service that was killed."""
+        self.world.crash()
+        self.mover = Mover(self.ledger, cluster=self.cluster, service=self.service, settings=Settings())
+
+    def observe(self, node_id: str, **values: object) -> None:
+        known = {"cpu_cores": 8.0, "memory_bytes": 2**34, "misses": 0, "offline_since": None}
+        self.ledger.nodes.observe(node_id, values=known | values)
+
+    def lose(self, node_id: str, *, ago_s: float = DAY_S) -> None:
+        self.observe(node_id, status=NodeStatus.OFFLINE, misses=9, offline_since=time.time() - ago_s)
+
+    def mark(self, node_id: str, availability: Availability) -> None:
+        spec = self.cluster.spec
+        nodes = tuple(n.model_copy(update={"availability": availability}) if n.id == node_id else n for n in spec.nodes)
+        self.cluster.replace(spec.model_copy(update={"nodes": nodes}))
+        self.ledger.nodes.sync(nodes)
+
+    def add(self, instance_id: str = ID, *, snapshot: bool = True, **fields: object) -> InstanceRecord:
+        """Add a running instance on node a, with a verified live snapshot that holds what its home held then."""
+        self.world.add(id=instance_id, node_id="a", **fields)
+        self.world.settle()
+        self.world.engine.made[NAMES.volume_urn(instance_id)] = "old"
+        if snapshot:
+            self.world.wish(lambda r: lifecycle.wish_live_snapshot(r, reason="test"), instance_id)
+            self.world.settle()
+        self.world.engine.made[NAMES.volume_urn(instance_id)] = "new"
+        return self.ledger.instances.get(instance_id)
+
+    def run(self, *, rounds: int = 6) -> None:
+        for _ in range(rounds):
+            self.mover._pauses.clear()
+            self.mover.step()
+            self.world.settle()
+
+    def events(self, kind: str) -> list[str]:
+        return [event.message for event in self.ledger.events.list(instance_id=ID) if event.kind == kind]
+
+    @property
+    def record(self) -> InstanceRecord:
+        return self.ledger.instances.get(ID)
+
+
+@pytest.fixture
+def moves(tmp_path: Path) -> Iterator[Moves]:
+    moves = Moves(tmp_path)
+    yield moves
+    moves.ledger.close()
+
+
+def test_an_instance_of_a_lost_node_is_given_back_elsewhere_from_its_last_snapshot(moves: Moves) -> None:
+    moves.add()
+    moves.lose("a")
+    moves.run()
+    record = moves.record
+    assert (record.status, record.node_id, record.moving, record.operation) == (Status.RUNNING, "b", None, None)
+    assert moves.world.engine.made[HOME] == "old"
+    assert record.restore_note is not None
+    assert "Node a was lost" in record.restore_note
+    assert "what it did after that is lost" in record.restore_note
+    assert any("has not answered for" in message for message in moves.events("move"))
+
+
+def test_a_node_is_waited_for_before_anything_is_given_up(moves: Moves) -> None:
+    moves.add()
+    moves.lose("a", ago_s=30)
+    moves.run()
+    assert (moves.record.node_id, moves.record.moving, moves.world.engine.made[HOME]) == ("a", None, "new")
+
+
+def test_waiting_is_what_a_cluster_does_that_says_nothing(tmp_path: Path) -> None:
+    moves = Moves(tmp_path, action="wait")
+    moves.add()
+    moves.lose("a")
+    moves.run()
+    assert (moves.record.node_id, moves.record.moving) == ("a", None)
+    assert OfflinePolicy().action == "wait"
+
+
+def test_an_instance_without_a_snapshot_waits_for_its_node_and_says_so_once(moves: Moves) -> None:
+    moves.add(snapshot=False)
+    moves.lose("a")
+    moves.run()
+    assert (moves.record.node_id, moves.record.moving, moves.world.engine.made[HOME]) == ("a", None, "new")
+    assert len(moves.events("not_moved")) == 1
+    assert "has no snapshot" in moves.events("not_moved")[0]
+
+
+def test_nothing_is_given_up_where_no_other_node_has_room(moves: Moves) -> None:
+    moves.add()
+    moves.lose("a")
+    moves.lose("b")
+    moves.run()
+    assert (moves.record.wanted, moves.record.moving) == (Wanted.RUNNING, None)
+    moves.observe("b", status=NodeStatus.ONLINE)
+    moves.run()
+    assert (moves.record.node_id, moves.record.status) == ("b", Status.RUNNING)
+
+
+def test_an_instance_that_goes_to_sleep_or_is_deleted_is_not_moved(moves: Moves) -> None:
+    moves.add()
+    moves.world.wish(lambda r: lifecycle.wish_dormant(r, reason="test"))
+    moves.lose("a")
+    moves.mover.step()
+    assert (moves.record.wanted, moves.record.moving) == (Wanted.DORMANT, None)
+    moves.world.wish(lambda r: lifecycle.wish_absent(r, force=False))
+    moves.mover.step()
+    assert (moves.record.wanted, moves.record.moving) == (Wanted.ABSENT, None)
+
+
+def test_steps_on_a_silent_node_stay_out_of_updates_until_it_answers(moves: Moves) -> None:
+    moves.add()
+    moves.cluster.replace(moves.cluster.spec.model_copy(update={"offline": OfflinePolicy()}))
+    moves.world.wish(lambda r: lifecycle.wish_dormant(r, reason="test"))
+    for values in ({"status": NodeStatus.OFFLINE, "misses": 3}, {"status": NodeStatus.ONLINE, "misses": 1}):
+        moves.observe("a", **values)
+        before = len(moves.world.engine.updates)
+        assert moves.world.converger.step() is None
+        assert len(moves.world.engine.updates) == before
+    moves.observe("a", status=NodeStatus.ONLINE)
+    moves.world.settle()
+    assert moves.record.status is Status.DORMANT
+
+
+def test_a_delete_waits_for_its_node_unless_it_is_forced(moves: Moves) -> None:
+    moves.add()
+    moves.lose("a", ago_s=1)
+    moves.world.wish(lambda r: lifecycle.wish_absent(r, force=False))
+    assert moves.world.converger.step() is None
+    moves.world.wish(lambda r: lifecycle.wish_absent(r, force=True))
+    moves.world.settle()
+    assert moves.ledger.instances.find(ID) is None
+
+
+def test_what_sleeps_safely_is_given_up_on_a_lost_node_without_waiting(moves: Moves) -> None:
+    moves.add()
+    moves.world.wish(lambda r: lifecycle.wish_dormant(r, reason="test"))
+    moves.world.converger.step()  # the snapshot
+    assert moves.record.sleeps_safely
+    moves.lose("a", ago_s=1)
+    moves.world.settle()
+    assert (moves.record.status, moves.record.moving) == (Status.DORMANT, None)
+
+
+def test_a_drained_node_is_left_by_one_instance_after_the_other_those_in_use_last(moves: Moves) -> None:
+    moves.add(ID, status=Status.RUNNING, last_active_at=100.0)
+    moves.add("mu-busy", last_active_at=100.0)
+    moves.add("mu-idle", last_active_at=900.0)
+    for instance_id, status, at in ((ID, "running", 100.0), ("mu-busy", "running", 500.0), ("mu-idle", "idle", 900.0)):
+        moves.world.wish(lambda _, s=status, t=at: Update(values={"status": s, "last_active_at": t}), instance_id)
+    moves.mark("a", Availability.DRAINING)
+    order: list[str] = []
+    for _ in range(12):
+        moves.mover._pauses.clear()
+        moves.mover.step()
+        begun = [r.id for r in moves.ledger.instances.moving() if r.moving is Moving.DRAIN]
+        assert len(begun) <= 1
+        order += [instance_id for instance_id in begun if instance_id not in order]
+        moves.world.settle()
+    assert order == ["mu-idle", ID, "mu-busy"]
+    assert {r.node_id for r in moves.ledger.instances.all()} == {"b"}
+    assert {moves.world.engine.made[NAMES.volume_urn(instance_id)] for instance_id in order} == {"new"}
+
+
+@pytest.mark.parametrize("crash_after", range(1, 8))
+def test_a_drain_that_is_interrupted_anywhere_loses_nothing_and_goes_on(moves: Moves, crash_after: int) -> None:
+    moves.add()
+    moves.mark("a", Availability.DRAINING)
+    for step in range(24):
+        if step == crash_after:
+            moves.restart()
+        if step % 2:
+            moves.world.wish(lambda _: Update(values={"retry_at": 0.0}))
+            moves.world.converger.step()
+        else:
+            moves.mover._pauses.clear()
+            moves.mover.step()
+        assert "new" in moves.world.engine.made.values()
+    assert (moves.record.node_id, moves.record.status, moves.record.moving) == ("b", Status.RUNNING, None)
+    assert moves.world.engine.made[HOME] == "new"
+
+
+def test_uncordoning_ends_the_drain_and_what_was_on_its_way_arrives(moves: Moves) -> None:
+    moves.add()
+    moves.add("mu-other")
+    moves.mark("a", Availability.DRAINING)
+    moves.mover.step()
+    moves.mark("a", Availability.ACTIVE)
+    moves.run()
+    assert sorted(r.node_id for r in moves.ledger.instances.all()) in (["a", "a"], ["a", "b"])
+    assert {r.status for r in moves.ledger.instances.all()} == {Status.RUNNING}
+
+
+def test_a_drain_waits_while_no_other_node_has_room(moves: Moves) -> None:
+    moves.add()
+    moves.mark("a", Availability.DRAINING)
+    moves.mark("b", Availability.CORDONED)
+    moves.run()
+    assert (moves.record.node_id, moves.record.status) == ("a", Status.RUNNING)
+    assert len(moves.events("not_moved")) == 1
+    moves.mark("b", Availability.ACTIVE)
+    moves.run()
+    assert moves.record.node_id == "b"
+
+
+def test_a_drain_whose_snapshot_fails_leaves_the_instance_running(moves: Moves) -> None:
+    moves.add()
+    moves.mark("a", Availability.DRAINING)
+    moves.world.engine.fail = {"-snapshot-": "The store is full. [snapshot_failed]"}
+    moves.run(rounds=3)
+    assert (moves.record.node_id, moves.record.status, moves.world.engine.made[HOME]) == ("a", Status.RUNNING, "new")
+    moves.world.engine.fail = {}
+    moves.run()
+    assert (moves.record.node_id, moves.record.status) == ("b", Status.RUNNING)
+
+
+def test_who_wants_a_moving_instance_asleep_gets_it_and_it_stays_asleep(moves: Moves) -> None:
+    moves.add()
+    moves.mark("a", Availability.DRAINING)
+    moves.mover.step()
+    assert moves.record.moving is Moving.DRAIN
+    moves.service.make_dormant(ID)
+    moves.run()
+    assert (moves.record.status, moves.record.moving) == (Status.DORMANT, None)
+
+
+def test_a_damaged_snapshot_ends_the_move_and_stays(moves: Moves) -> None:
+    moves.add()
+    moves.lose("a")
+    moves.world.engine.fail = {"-restore": "It is damaged. [snapshot_corrupt]"}
+    moves.run()
+    assert (moves.record.status, moves.record.moving, moves.record.error_code) == (
+        Status.DORMANT,
+        None,
+        SnapshotCorrupt.code,
+    )
+    assert [s.state for s in moves.record.snapshots] == [SnapshotState.VERIFIED]
+
+
+def test_an_instance_never_goes_where_something_of_it_is_left_over(moves: Moves) -> None:
+    moves.add()
+    moves.lose("a")
+    moves.run()
+    moves.ledger.leftovers.add(node_id="a", urn=NAMES.container_urn(ID), name="c")
+    moves.ledger.leftovers.add(node_id="b", urn=NAMES.container_urn("mu-testing"), name="of another")
+    moves.observe("a", status=NodeStatus.ONLINE)
+    moves.mark("b", Availability.DRAINING)
+    moves.run()
+    assert (moves.record.node_id, moves.record.status) == ("b", Status.RUNNING)
+    moves.ledger.leftovers.remove(moves.ledger.leftovers.list("a")[0].id)
+    moves.run()
+    assert moves.record.node_id == "a"
+
+
+def test_a_revive_of_what_is_being_moved_waits_for_the_move(moves: Moves) -> None:
+    moves.add()
+    moves.lose("a")
+    moves.mover.step()
+    with pytest.raises(Conflict, match="being made dormant"):
+        moves.service.revive(ID, method=QUICK_START)
+    moves.world.settle()
+    moves.mover._pauses.clear()
+    moves.mover.step()
+    generation = moves.record.generation
+    assert moves.service.revive(ID, method=QUICK_START).generation == generation
+
+
+def test_only_what_runs_gets_a_live_snapshot() -> None:
+    from tests.support.records import make_record
+
+    assert lifecycle.wish_live_snapshot(make_record(status=Status.DORMANT), reason="r") is None
+    assert lifecycle.wish_live_snapshot(make_record(generation=2), reason="r") is None
+    pending = SnapshotRecord(
+        instance_id=ID, generation=1, node_id="a", state=SnapshotState.PENDING, bytes=None, created_at=1.0, live=True
+    )
+    assert lifecycle.wish_live_snapshot(make_record(snapshots=(pending,)), reason="r") is None
