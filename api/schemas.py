@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, Stri
 
 from provisioner.ledger.records import Moving, NodeStatus, SnapshotState
 from provisioner.states import Status
-from stacks.spec import DEFAULT_IMAGE
+from stacks.spec import DEFAULT_IMAGE, Availability
 
 MAX_SIZE_GB = 1_000_000.0
 MAX_MINUTES = 2**31 - 1
@@ -36,6 +36,9 @@ Whole = Annotated[int, Strict(), BeforeValidator(_whole)]
 Real = Annotated[float, Strict(), BeforeValidator(_real), Field(allow_inf_nan=False)]
 Flag = Annotated[bool, Strict()]
 ImageName = Annotated[str, Strict(), StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:@+-]*$", max_length=512)]
+LabelName = Annotated[str, Strict(), StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=63)]
+LabelValue = Annotated[str, Strict(), StringConstraints(pattern=r"^[A-Za-z0-9._/:-]*$", max_length=63)]
+Labels = Annotated[dict[LabelName, LabelValue], Field(max_length=16, json_schema_extra={"additionalProperties": False})]
 NodeName = Annotated[str, Strict(), StringConstraints(min_length=1, max_length=64)]
 
 
@@ -83,6 +86,12 @@ class CreateInstanceRequest(_Request):
     image: ImageName = Field(default=DEFAULT_IMAGE, description="A name of the cluster's catalogue, or any image.")
     config: InstanceConfig = InstanceConfig()
     node_preference: NodeName | None = Field(default=None, description="The node to use while it has room.")
+    node_strict: Flag = Field(default=False, description="Refuse rather than use another node than the preferred one.")
+    node_labels: Labels = Field(
+        default={},
+        description="What its node must be labelled, now and whenever it is revived.",
+        examples=[{"zone": "b"}],
+    )
 
 
 class ReviveRequest(_Request):
@@ -92,6 +101,10 @@ class ReviveRequest(_Request):
         default="quick_start",
         description="`quick_start`: from the node's own copy; `full_restore`: from the verified archive.",
     )
+    node_preference: NodeName | None = Field(
+        default=None, description="The node to use while it has room; without one, the node with the copy."
+    )
+    node_strict: Flag = Field(default=False, description="Refuse rather than use another node than the preferred one.")
 
 
 class ResourceUsage(_Answer):
@@ -154,6 +167,7 @@ class Instance(_Answer):
     )
     error: InstanceError | None
     node_status: NodeStatus
+    node_labels: dict[str, str] = Field(description="What its node must be labelled, as it was asked for.")
     last_active_at: datetime
     snapshots: list[Snapshot]
     restored_by: str | None = Field(
@@ -185,6 +199,14 @@ class InstanceEvent(_Answer):
     message: str
 
 
+class NodeAmounts(_Answer):
+    """Amounts of what instances need of a node."""
+
+    memory_gb: float
+    cpu_cores: float
+    disk_gb: float | None = Field(description="Null where the size of the node's disk is unknown.")
+
+
 class Node(_Answer):
     """One Docker host."""
 
@@ -199,6 +221,12 @@ class Node(_Answer):
     cpu_cores: float | None
     memory_bytes: int | None
     disk_bytes: int | None
+    availability: Availability = Field(description="`cordoned` and `draining` nodes get nothing new.")
+    labels: dict[str, str] = Field(description="The cluster's file's, and what its engine says: `arch` and `os`.")
+    reserved: NodeAmounts = Field(description="What its instances were promised; dormant ones hold nothing.")
+    reservable: NodeAmounts | None = Field(
+        description="What it may promise in all: what it has, times the overcommit settings; null until it answered."
+    )
 
 
 class NodeList(_Answer):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from api import schemas
 from api.services import Services
-from provisioner.ledger.instances import NodeLoad
+from provisioner.ledger.loads import NodeLoad
 from provisioner.ledger.records import EventRecord, InstanceRecord, NodeRecord, NodeStatus, SnapshotState
 from provisioner.ledger.samples import Scope, Usage
+from provisioner.settings import Settings
 from provisioner.states import UP
 
 
@@ -65,6 +66,7 @@ def _show_instance(
         moving=record.moving,
         error=_show_error(record),
         node_status=node.status if node else NodeStatus.OFFLINE,
+        node_labels=dict(record.node_labels),
         last_active_at=_moment(record.last_active_at),
         snapshots=[
             schemas.Snapshot(
@@ -86,13 +88,18 @@ def _show_instance(
     )
 
 
-def show_node(record: NodeRecord, *, loads: Iterable[NodeLoad]) -> schemas.Node:
-    """Show one node with how many instances hold a place on it."""
+def show_nodes(services: Services, records: Sequence[NodeRecord]) -> list[schemas.Node]:
+    """Show nodes with what they have promised."""
+    loads = {load.node_id: load for load in services.ledger.instances.loads()}
+    return [_show_node(record, load=loads.get(record.id), settings=services.settings) for record in records]
+
+
+def _show_node(record: NodeRecord, *, load: NodeLoad | None, settings: Settings) -> schemas.Node:
     return schemas.Node(
         id=record.id,
         status=record.status,
         address=record.address,
-        instances_count=next((load.instances for load in loads if load.node_id == record.id), 0),
+        instances_count=load.instances if load else 0,
         max_instances=record.max_instances,
         resources=schemas.ResourceUsage(
             cpu_percent=record.cpu_percent or 0.0,
@@ -104,6 +111,25 @@ def show_node(record: NodeRecord, *, loads: Iterable[NodeLoad]) -> schemas.Node:
         cpu_cores=record.cpu_cores,
         memory_bytes=record.memory_bytes,
         disk_bytes=record.disk_bytes,
+        availability=record.availability,
+        labels=dict(record.labels),
+        reserved=schemas.NodeAmounts(
+            memory_gb=round(load.memory_mib / 1024, 3) if load else 0,
+            cpu_cores=load.cpu_cores if load else 0,
+            disk_gb=round(load.disk_mib / 1024, 3) if load else 0,
+        ),
+        reservable=_show_reservable(record, settings),
+    )
+
+
+def _show_reservable(record: NodeRecord, settings: Settings) -> schemas.NodeAmounts | None:
+    if record.memory_bytes is None or record.cpu_cores is None:
+        return None
+    disk_bytes = record.disk_bytes
+    return schemas.NodeAmounts(
+        memory_gb=round(record.memory_bytes / 2**30 * settings.memory_overcommit, 3),
+        cpu_cores=round(record.cpu_cores * settings.cpu_overcommit, 3),
+        disk_gb=None if disk_bytes is None else round(disk_bytes / 2**30 * settings.disk_overcommit, 3),
     )
 
 

@@ -351,7 +351,7 @@ class Converger:
         node = self._cluster.node(record.node_id)
         if record.generation != generation or node is None or record.debug_port is None or record.stream_port is None:
             return None
-        taken = next((load.ports for load in loads() if load.node_id == node.id), frozenset())
+        taken = loads.ports(node.id)
         free = [p for p in range(node.ports.last, node.ports.first, -1) if p not in taken][:2]
         # The first tries are made at once; a repair, which is never given up, then takes its time.
         delay_s = _delay_s(record.attempts) if record.attempts >= self._settings.create_attempts else 0.0

@@ -30,6 +30,8 @@ log = structlog.get_logger(__name__)
 
 MOST_NODES_AT_ONCE = 64
 """Nodes that are asked side by side; those that hang each hold one of these threads."""
+_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
+"""Names that the engine gives to machines → those of images made for them."""
 
 
 class NodeHealth:
@@ -103,6 +105,7 @@ class NodeHealth:
                 "cpu_cores": float(info.get("NCPU") or 0) or None,
                 "memory_bytes": int(info.get("MemTotal") or 0) or None,
                 "disk_quota": self._quotas[node.id, node.host],
+                "labels": _labels_of_engine(info) | node.labels,
             }
             | self._measure(node, info),
             event=None if was.status is NodeStatus.ONLINE else ("node_online", f"node {node.id} answers"),
@@ -142,3 +145,10 @@ class NodeHealth:
         self._ledger.nodes.observe(node.id, values=values, event=event)
         if event is not None:
             self._changes.work.set()  # what needs nothing more of the node
+
+
+def _labels_of_engine(info: Mapping[str, Any]) -> dict[str, str]:
+    """Return what an engine says that its machine is, in the words of image platforms; the file's labels come first."""
+    arch = str(info.get("Architecture") or "")
+    said = {"arch": _ARCHITECTURES.get(arch, arch), "os": str(info.get("OSType") or "")}
+    return {name: value for name, value in said.items() if value}

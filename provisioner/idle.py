@@ -17,7 +17,7 @@ from provisioner.changes import Changes
 from provisioner.cluster import Cluster
 from provisioner.errors import Conflict, NotFound, SnapshotFailed
 from provisioner.ledger import Ledger
-from provisioner.ledger.instances import LoadReader, Update
+from provisioner.ledger.instances import Update
 from provisioner.ledger.records import InstanceRecord, NodeStatus
 from provisioner.service import InstanceService
 from provisioner.settings import Settings
@@ -71,14 +71,14 @@ class IdleWatch:
             if answer.last_activity_s is not None
         }
 
-        def observe(record: InstanceRecord, _: LoadReader) -> Update | None:
+        def observe(record: InstanceRecord) -> Update | None:
             return lifecycle.observe_activity(
                 record, last_active_at=last_active[record.id], idle_after_s=self._settings.idle_after_s
             )
 
         # Most say nothing new: only those that do cost a write.
-        news = [instance_id for instance_id in last_active if observe(records[instance_id], tuple) is not None]
-        for instance_id in self._ledger.instances.change_many(news, observe):
+        news = [instance_id for instance_id in last_active if observe(records[instance_id]) is not None]
+        for instance_id in self._ledger.instances.change_many(news, lambda record, _: observe(record)):
             self._changes.notify(instance_id)
         for instance_id, at in last_active.items():
             record = records[instance_id]

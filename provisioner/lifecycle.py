@@ -137,14 +137,23 @@ def check_revivable(record: InstanceRecord) -> None:
 
 
 def wish_revived(
-    record: InstanceRecord, *, method: str, node_id: str, ports: tuple[int, ...], note: str | None = None
+    record: InstanceRecord,
+    *,
+    method: str,
+    node_id: str,
+    ports: tuple[int, ...],
+    disk_enforced: bool = False,
+    why_there: str | None = None,
+    note: str | None = None,
 ) -> Update:
     """Want a dormant instance back, on that node and those ports (debug and stream, where it has them).
 
-    `note` tells people what is special about how it is restored.
+    `disk_enforced` is of that node, and `why_there` tells people why it is that one; `note` tells them what is special
+    about how it is restored.
     """
     check_revivable(record)
     debug_port, stream_port = ports if record.browser else (None, None)
+    remarks = "; ".join(remark for remark in (why_there, note) if remark)
     return Update(
         values=_new_wish(record, wanted=Wanted.RUNNING, event=Event.REVIVE)
         | {
@@ -153,12 +162,13 @@ def wish_revived(
             "restored_by": None,
             "restore_note": note,
             "node_id": node_id,
+            "disk_enforced": disk_enforced,
             "debug_port": debug_port,
             "stream_port": stream_port,
             "body": True,
         },
         take_ports=ports,
-        event=("revive", f"to be restored by {method} on node {node_id}"),
+        event=("revive", f"to be restored by {method} on node {node_id}" + (f" ({remarks})" if remarks else "")),
     )
 
 

@@ -1,22 +1,35 @@
-"""Chooses the node and the ports of an instance: a pure function over what the nodes have and have promised.
+"""Chooses the node and the ports of an instance: pure functions over what the nodes are, have, and have promised.
 
-Runs inside the ledger's write transaction, so two callers never get the same port or the last place twice.
+1. Filter: a node that is offline, closed, of another kind than asked for, or full is out, and it is known why.
+2. Score: the preferred node first, then the one with the instance's copy, then the one that will be the emptiest.
+3. Ports: the best node that has enough of them is the place.
+
+Runs inside the ledger's write transaction, so two callers never get the same port or the last place twice. What counts
+is what was promised, because that is exact and known at once. Live load is late: of a hundred instances created in one
+second it would send all to one node. It only tells between nodes that have promised about as much.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import heapq
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import NamedTuple
 
 from provisioner.errors import InvalidRequest, NoCapacity, UnknownNode
-from provisioner.ledger.instances import NodeLoad
-from provisioner.ledger.records import NodeRecord, NodeStatus
+from provisioner.ledger.loads import MIB_PER_GB, NodeState, to_mib
 from stacks.spec import Availability, ClusterSpec, NodeSpec
 
-OFFLINE = "offline"
+LIVE_WEIGHT = 0.2
+"""A node whose cores or memory are all busy ranks like one that has promised this share of itself more."""
+FEW_NODES = 5
+"""Up to so many nodes are named one by one when none has room."""
 
 PortProbe = Callable[[NodeSpec, int], bool]
 """Says whether a port is free on a node, beyond what the ledger knows."""
+PortReader = Callable[[str], frozenset[int]]
+"""Returns the ports that a node has promised; asked only for nodes that have room otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,20 +38,29 @@ class Need:
 
     memory_gb: float
     cpu_cores: int
+    disk_gb: float
     ports: int
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """What the node's labels must say."""
+    volume: str | None = None
+    """What its home is on, once it has one; None for either."""
     node_preference: str | None = None
+    strict: bool = False
+    """Whether only the preferred node will do."""
+    home_node: str | None = None
+    """The node that has its quick copy: taken while it fits, and no matter when not."""
     avoid: frozenset[str] = frozenset()
-    """Nodes that it must not go to."""
-    former_ports: tuple[int, ...] = ()
-    """Ports it had before, taken again when they are free."""
+    """Nodes that will not do."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Overcommit:
-    """How many times a node's memory and CPU may be promised."""
+class Limits:
+    """How many times a node's memory, CPU and disk may be promised, and the free disk below which it takes nothing."""
 
     memory: float
     cpu: float
+    disk: float
+    free_disk_gb: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,97 +69,226 @@ class Place:
 
     node: NodeSpec
     ports: tuple[int, ...]
+    disk_quota: bool
+    """Whether the node's storage driver limits volumes."""
+    note: str | None = None
+    """Why it is not the preferred node, or not the one with the copy."""
+
+
+class Lack(Enum):
+    """Why a node will not do, in the order in which it is found out."""
+
+    OFFLINE = auto()
+    CLOSED = auto()
+    AVOIDED = auto()
+    LABELS = auto()
+    VOLUME = auto()
+    INSTANCES = auto()
+    MEMORY = auto()
+    CPU = auto()
+    DISK = auto()
+    DISK_FULL = auto()
+    PORTS = auto()
+
+
+_ROOM = frozenset({Lack.INSTANCES, Lack.MEMORY, Lack.CPU, Lack.DISK, Lack.DISK_FULL, Lack.PORTS})
+"""What deleting an instance, or making one dormant, gives back."""
+
+
+class Found(NamedTuple):
+    """Why one node will not do."""
+
+    kind: Lack
+    left: float = 0
+    """How much there is of what is too little."""
+    what: str = ""
+    """The label that it has not, or what its availability is."""
 
 
 def choose_place(
     need: Need,
     *,
     cluster: ClusterSpec,
-    nodes: Sequence[NodeRecord],
-    loads: Sequence[NodeLoad],
-    overcommit: Overcommit,
+    nodes: Sequence[NodeState],
+    limits: Limits,
+    ports_of: PortReader,
     port_free: PortProbe,
 ) -> Place:
-    """Return the emptiest online node that has room, the preferred one first.
+    """Return the place for an instance: the preferred node, the one with its copy, or the emptiest that has room.
 
     Raises UnknownNode for a preference that is no node, InvalidRequest for a size that no node could ever have, and
-    NoCapacity, naming what each node lacks, when none has room now.
+    NoCapacity, naming what the nodes lack, when none has room now.
     """
-    known = {record.id: record for record in nodes}
-    promised = {load.node_id: load for load in loads}
     if need.node_preference is not None and cluster.node(need.node_preference) is None:
-        names = ", ".join(node.id for node in cluster.nodes)
-        raise UnknownNode(f"There is no node '{need.node_preference}'; the cluster has: {names}.")
-    _refuse_impossible(need, known=known, overcommit=overcommit)
-    lacks: dict[str, str] = {}
-    fitting: list[tuple[tuple[bool, float, str], NodeSpec]] = []
+        names = ", ".join(node.id for node in cluster.nodes[: FEW_NODES * 2])
+        more = ", …" if len(cluster.nodes) > FEW_NODES * 2 else ""
+        raise UnknownNode(f"There is no node '{need.node_preference}'; the cluster has: {names}{more}.")
+    if need.strict and need.node_preference is None:
+        raise InvalidRequest("node_strict: needs a node_preference.")
+    states = {state.id: state for state in nodes}
+    lacks: dict[str, Found] = {}
+    fitting: list[tuple[bool, bool, float, str, NodeSpec]] = []
     for node in cluster.nodes:
-        record = known.get(node.id)
-        load = promised.get(node.id) or NodeLoad(
-            node_id=node.id, instances=0, memory_gb=0, cpu_cores=0, ports=frozenset()
-        )
-        lack = _find_lack(need, record=record, node=node, load=load, overcommit=overcommit)
-        if lack is not None:
-            lacks[node.id] = lack
+        if need.strict and node.id != need.node_preference:
             continue
-        memory_gb = (record.memory_bytes or 0) / 2**30 if record else 0
-        used = load.memory_gb / memory_gb if memory_gb else load.instances / node.max_instances
-        fitting.append(((node.id != need.node_preference, used, node.id), node))
-    for _, node in sorted(fitting, key=lambda pair: pair[0]):
-        taken = promised[node.id].ports if node.id in promised else frozenset()
-        ports = _pick_ports(need, node=node, taken=taken, port_free=port_free)
+        state = states.get(node.id)
+        lack = find_lack(need, node=node, state=state, limits=limits)
+        if lack is not None or state is None:
+            lacks[node.id] = lack or Found(Lack.OFFLINE)
+            continue
+        cost = score(need, node=node, state=state, limits=limits)
+        fitting.append((node.id != need.node_preference, node.id != need.home_node, cost, node.id, node))
+    heapq.heapify(fitting)  # mostly the first one is taken: cheaper than sorting all of them
+    while fitting:
+        node = heapq.heappop(fitting)[-1]
+        taken = ports_of(node.id) if need.ports else frozenset()
+        ports = pick_ports(need.ports, node=node, taken=taken, port_free=port_free)
         if ports is not None:
-            return Place(node=node, ports=ports)
-        lacks[node.id] = "no free port left"
-    said = "; ".join(f"node {node_id}: {lack}" for node_id, lack in lacks.items())
-    away = all(lack == OFFLINE for lack in lacks.values())
-    raise NoCapacity(
-        f"No node has room now ({said}).",
-        resolution="Retry once a node answers." if away else "Delete an instance or make one dormant, then retry.",
-    )
+            note = _explain_other(need, chosen=node.id, lacks=lacks)
+            return Place(node=node, ports=ports, disk_quota=states[node.id].disk_quota, note=note)
+        lacks[node.id] = Found(Lack.PORTS)
+    _refuse_impossible(need, cluster=cluster, nodes=nodes, limits=limits)
+    raise _no_capacity(need, lacks=lacks)
 
 
-def _refuse_impossible(need: Need, *, known: Mapping[str, NodeRecord], overcommit: Overcommit) -> None:
-    sized = [record for record in known.values() if record.memory_bytes and record.cpu_cores]
+def find_lack(need: Need, *, node: NodeSpec, state: NodeState | None, limits: Limits) -> Found | None:
+    """Return why a node will not do, its ports aside; None for one that will."""
+    if state is None or not state.online:
+        return Found(Lack.OFFLINE)
+    if node.availability is not Availability.ACTIVE:
+        return Found(Lack.CLOSED, what=node.availability.value)
+    if node.id in need.avoid:
+        return Found(Lack.AVOIDED)
+    for key, value in need.labels.items():
+        if node.labels.get(key, state.labels.get(key)) != value:
+            return Found(Lack.LABELS, what=f"{key}={value}")
+    if need.volume is not None and need.volume != node.volume:
+        return Found(Lack.VOLUME)
+    if state.instances >= node.max_instances:
+        return Found(Lack.INSTANCES, node.max_instances)
+    memory_mib = (state.memory_bytes or 0) / 2**20 * limits.memory - state.promised_memory_mib
+    if to_mib(need.memory_gb) > memory_mib:
+        return Found(Lack.MEMORY, max(memory_mib / MIB_PER_GB, 0))
+    has_cores = state.cpu_cores or 0  # Docker refuses to limit a container to more than there are
+    cores = min(has_cores * limits.cpu - state.promised_cpu_cores, has_cores)
+    if need.cpu_cores > cores:
+        return Found(Lack.CPU, max(cores, 0))
+    if state.disk_bytes is not None:
+        return _find_lack_of_disk(need, node=node, state=state, limits=limits)
+    return None
+
+
+def _find_lack_of_disk(need: Need, *, node: NodeSpec, state: NodeState, limits: Limits) -> Found | None:
+    disk_mib = (state.disk_bytes or 0) / 2**20
+    left_mib = disk_mib * limits.disk - state.promised_disk_mib
+    if node.volume == "docker" and to_mib(need.disk_gb) > left_mib:
+        return Found(Lack.DISK, max(left_mib / MIB_PER_GB, 0))
+    if state.disk_percent is not None:
+        free_gb = disk_mib * (1 - state.disk_percent / 100) / MIB_PER_GB
+        if free_gb < limits.free_disk_gb:
+            return Found(Lack.DISK_FULL, free_gb)
+    return None
+
+
+def score(need: Need, *, node: NodeSpec, state: NodeState, limits: Limits) -> float:
+    """Return how full a node would be with the instance on it; less is better.
+
+    Half of it is the share of what the node would run out of first, half the average of all shares.
+    """
+    shares = [
+        (state.instances + 1) / node.max_instances,
+        (state.promised_memory_mib + need.memory_gb * MIB_PER_GB) / ((state.memory_bytes or 1) / 2**20 * limits.memory),
+        (state.promised_cpu_cores + need.cpu_cores) / ((state.cpu_cores or 1) * limits.cpu),
+    ]
+    if state.disk_bytes and node.volume == "docker":
+        promised_mib = state.promised_disk_mib + need.disk_gb * MIB_PER_GB
+        shares.append(promised_mib / (state.disk_bytes / 2**20 * limits.disk))
+    live = max(state.cpu_percent or 0, state.memory_percent or 0) / 100
+    return (max(shares) + sum(shares) / len(shares)) / 2 + LIVE_WEIGHT * live
+
+
+def pick_ports(count: int, *, node: NodeSpec, taken: frozenset[int], port_free: PortProbe) -> tuple[int, ...] | None:
+    """Return the node's first free ports; None when it has too few."""
+    picked: list[int] = []
+    for port in range(node.ports.first, node.ports.last + 1):
+        if len(picked) == count:
+            break
+        if port not in taken and port_free(node, port):
+            picked.append(port)
+    return tuple(picked) if len(picked) == count else None
+
+
+def _refuse_impossible(need: Need, *, cluster: ClusterSpec, nodes: Sequence[NodeState], limits: Limits) -> None:
+    sized = [state for state in nodes if state.memory_bytes and state.cpu_cores]
     if not sized:
         return
-    most_memory_gb = max((record.memory_bytes or 0) / 2**30 for record in sized) * overcommit.memory
-    most_cores = max(record.cpu_cores or 0 for record in sized)
+    most_memory_gb = max(state.memory_bytes or 0 for state in sized) / 2**30 * limits.memory
+    most_cores = max(state.cpu_cores or 0 for state in sized)
     if need.memory_gb > most_memory_gb:
         raise InvalidRequest(
             f"config.memory_gb: {need.memory_gb:g} GB is more than any node has ({most_memory_gb:.1f} GB)."
         )
     if need.cpu_cores > most_cores:
         raise InvalidRequest(f"config.cpu_cores: {need.cpu_cores} is more than any node has ({most_cores:g}).")
+    disks = [state.disk_bytes for state in nodes]
+    if any(disk is None for disk in disks) or any(node.volume != "docker" for node in cluster.nodes):
+        return
+    most_disk_gb = max(disk or 0 for disk in disks) / 2**30 * limits.disk
+    if need.disk_gb > most_disk_gb:
+        raise InvalidRequest(f"config.disk_gb: {need.disk_gb:g} GB is more than any node has ({most_disk_gb:.1f} GB).")
 
 
-def _find_lack(
-    need: Need, *, record: NodeRecord | None, node: NodeSpec, load: NodeLoad, overcommit: Overcommit
-) -> str | None:
-    if record is None or record.status is NodeStatus.OFFLINE:
-        return OFFLINE
-    if node.id in need.avoid:
-        return "is to be left"
-    if node.availability is not Availability.ACTIVE:
-        return f"is {node.availability.value}"
-    if load.instances >= node.max_instances:
-        return f"has its {node.max_instances} instances"
-    free_gb = (record.memory_bytes or 0) / 2**30 * overcommit.memory - load.memory_gb
-    if need.memory_gb > free_gb:
-        return f"{max(free_gb, 0):.1f} GB of memory left, {need.memory_gb:g} needed"
-    free_cores = (record.cpu_cores or 0) * overcommit.cpu - load.cpu_cores
-    if need.cpu_cores > free_cores:
-        return f"{max(free_cores, 0):g} CPU cores left, {need.cpu_cores} needed"
-    return None
+def _explain_other(need: Need, *, chosen: str, lacks: Mapping[str, Found]) -> str | None:
+    """Say why the place is not the node that comes first; None when it is, or none does."""
+    wanted, role = (need.node_preference, "is preferred") if need.node_preference else (need.home_node, "has its copy")
+    if wanted is None or wanted == chosen:
+        return None
+    if wanted not in lacks:
+        return f"node {wanted}, which {role}, is not in the cluster any more"
+    return f"node {wanted}, which {role}: {_tell(need, lacks[wanted])}"
 
 
-def _pick_ports(need: Need, *, node: NodeSpec, taken: frozenset[int], port_free: PortProbe) -> tuple[int, ...] | None:
-    allowed = range(node.ports.first, node.ports.last + 1)
-    candidates = [port for port in need.former_ports if port in allowed] + list(allowed)
-    picked: list[int] = []
-    for port in candidates:
-        if len(picked) == need.ports:
-            break
-        if port not in taken and port not in picked and port_free(node, port):
-            picked.append(port)
-    return tuple(picked) if len(picked) == need.ports else None
+def _no_capacity(need: Need, *, lacks: Mapping[str, Found]) -> NoCapacity:
+    if len(lacks) <= FEW_NODES:
+        said = "; ".join(f"node {node_id}: {_tell(need, found)}" for node_id, found in lacks.items())
+    else:
+        said = "; ".join(_count(need, lacks.values()))
+    kinds = {found.kind for found in lacks.values()}
+    if kinds & _ROOM:
+        resolution = "Delete an instance or make one dormant, then retry."
+    elif Lack.OFFLINE in kinds:
+        resolution = "Retry once a node answers."
+    elif Lack.CLOSED in kinds:
+        resolution = "Set a node's availability to active, or add a node, then retry."
+    else:
+        resolution = "Ask for less of a node, or add one that has it, then retry."
+    who = f"Node {need.node_preference}" if need.strict else "No node"
+    return NoCapacity(f"{who} has {'no ' if need.strict else ''}room now ({said}).", resolution=resolution)
+
+
+def _count(need: Need, lacks: Iterable[Found]) -> Iterator[str]:
+    """Count the nodes by what they lack, and tell the most that any has of it."""
+    groups: dict[tuple[Lack, str], list[Found]] = {}
+    for found in lacks:
+        groups.setdefault((found.kind, found.what), []).append(found)
+    for (kind, what), members in sorted(groups.items(), key=lambda group: (group[0][0].value, group[0][1])):
+        most = Found(kind, max(found.left for found in members), what)
+        yield f"{len(members)} {'nodes' if len(members) > 1 else 'node'}: {_tell(need, most, several=len(members) > 1)}"
+
+
+def _tell(need: Need, found: Found, *, several: bool = False) -> str:
+    """Put into words what one node lacks, or what `several` do that have at most so much left."""
+    left = f"at most {found.left:.1f}" if several else f"{found.left:.1f}"
+    return {
+        Lack.OFFLINE: "offline",
+        Lack.CLOSED: found.what,
+        Lack.AVOIDED: "is to be left",
+        Lack.LABELS: f"not labelled {found.what}",
+        Lack.VOLUME: f"no {need.volume} volumes for homes",
+        Lack.INSTANCES: "have all their instances" if several else f"has its {found.left:g} instances",
+        Lack.MEMORY: f"{left} GB of memory left, {need.memory_gb:g} needed",
+        Lack.CPU: f"{'at most ' if several else ''}{found.left:g} CPU cores left, {need.cpu_cores} needed",
+        Lack.DISK: f"{left} GB of disk left, {need.disk_gb:g} needed",
+        Lack.DISK_FULL: f"disk full, {left} GB free",
+        Lack.PORTS: "no free port left",
+    }[found.kind]

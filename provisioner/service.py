@@ -11,8 +11,8 @@ import errno
 import secrets
 import socket
 import time
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 
 from provisioner import lifecycle
 from provisioner.changes import RECHECK_S, Changes
@@ -21,8 +21,8 @@ from provisioner.errors import Conflict, MachineuseError, NotFound, SnapshotCorr
 from provisioner.images import ImageCatalogue, ResolvedImage
 from provisioner.ledger import Ledger
 from provisioner.ledger.instances import LoadReader, Update
-from provisioner.ledger.records import InstanceRecord, Moving, NodeStatus
-from provisioner.placement import Need, Overcommit, Place, choose_place
+from provisioner.ledger.records import InstanceRecord, Moving
+from provisioner.placement import Limits, Need, Place, choose_place
 from provisioner.settings import Settings
 from provisioner.states import Status, Wanted
 from stacks.spec import NodeSpec
@@ -46,7 +46,11 @@ class CreateRequest:
     disk_gb: float
     idle_timeout_minutes: int
     auto_snapshot: bool
+    node_labels: Mapping[str, str] = field(default_factory=dict)
+    """What the node's labels must say."""
     node_preference: str | None = None
+    node_strict: bool = False
+    """Whether only the preferred node will do."""
 
 
 def port_is_free(node: NodeSpec, port: int) -> bool:
@@ -90,10 +94,10 @@ class InstanceService:
 
     def create(self, request: CreateRequest) -> InstanceRecord:
         """Want a new instance. Raises InvalidRequest (image, node, size) and NoCapacity."""
-        nodes = self._ledger.nodes.list()
-        online = {record.id for record in nodes if record.status is NodeStatus.ONLINE}
+        online = self._ledger.nodes.online()
         if not online:  # nobody could say whether there is such an image: refuse for what is known
-            self._place(_need_of(request, ports=0), loads=self._ledger.instances.loads)
+            with self._ledger.instances.reader() as loads:
+                self._place(_need_of(request, ports=0), loads=loads)
         preferred = sorted(
             self._cluster.nodes, key=lambda node: (node.id not in online, node.id != request.node_preference)
         )
@@ -119,15 +123,33 @@ class InstanceService:
 
         return self._wish(instance_id, decide)
 
-    def revive(self, instance_id: str, *, method: str) -> InstanceRecord:
-        """Want a dormant instance back. Raises NotFound, Conflict and NoCapacity."""
+    def revive(
+        self,
+        instance_id: str,
+        *,
+        method: str,
+        node_preference: str | None = None,
+        node_strict: bool = False,
+    ) -> InstanceRecord:
+        """Want a dormant instance back: on the preferred node, on the one with its copy, or on any that will do.
+
+        Raises NotFound, Conflict, InvalidRequest (node) and NoCapacity.
+        """
 
         def decide(record: InstanceRecord, loads: LoadReader) -> Update | None:
             if record.wanted is Wanted.RUNNING and record.operation in ("reviving", "moving"):
                 return None  # being revived already: this caller waits for the same outcome
             lifecycle.check_revivable(record)
-            place = self._place(self._need_again(record), loads=loads)
-            return lifecycle.wish_revived(record, method=method, node_id=place.node.id, ports=place.ports)
+            need = self._need_again(record, node_preference=node_preference, strict=node_strict)
+            place = self._place(need, loads=loads)
+            return lifecycle.wish_revived(
+                record,
+                method=method,
+                node_id=place.node.id,
+                ports=place.ports,
+                disk_enforced=place.disk_quota,
+                why_there=place.note,
+            )
 
         return self._wish(instance_id, decide)
 
@@ -164,22 +186,40 @@ class InstanceService:
             if record.moving is Moving.OFFLINE and source is not None:
                 note = f"Node {record.node_id} was lost: given back {lifecycle.tell_loss(source)}."
             return lifecycle.wish_revived(
-                record, method=FULL_RESTORE, node_id=place.node.id, ports=place.ports, note=note
+                record,
+                method=FULL_RESTORE,
+                node_id=place.node.id,
+                ports=place.ports,
+                disk_enforced=place.disk_quota,
+                note=note,
             )
 
         return self._wish(instance_id, decide)
 
     def _is_offline(self, node_id: str) -> bool:
-        return any(node.id == node_id and node.status is NodeStatus.OFFLINE for node in self._ledger.nodes.list())
+        return node_id not in self._ledger.nodes.online()
 
-    def _need_again(self, record: InstanceRecord, *, avoid: Collection[str] = ()) -> Need:
+    def _need_again(
+        self,
+        record: InstanceRecord,
+        *,
+        node_preference: str | None = None,
+        strict: bool = False,
+        avoid: Collection[str] = (),
+    ) -> Need:
         """Return what an instance that exists needs of a node. Where something of it is left over, it can't go: that
         is removed by name, and would be taken for what is left over."""
+        taken = record.snapshot(record.snapshot_generation)
         return Need(
             memory_gb=record.memory_gb,
             cpu_cores=record.cpu_cores,
+            disk_gb=record.disk_gb,
             ports=2 if record.browser else 0,
-            node_preference=record.node_id if self._cluster.node(record.node_id) is not None else None,
+            labels=record.node_labels,
+            volume=record.volume,
+            node_preference=node_preference,
+            strict=strict,
+            home_node=taken.node_id if taken is not None else record.node_id,
             avoid=self._ledger.leftovers.nodes_of(record.id) | frozenset(avoid),
         )
 
@@ -227,19 +267,24 @@ class InstanceService:
         return record
 
     def _place(self, need: Need, *, loads: LoadReader) -> Place:
+        settings = self._settings
         return choose_place(
             need,
             cluster=self._cluster.spec,
-            nodes=self._ledger.nodes.list(),
-            loads=loads(),
-            overcommit=Overcommit(memory=self._settings.memory_overcommit, cpu=self._settings.cpu_overcommit),
+            nodes=loads.nodes(),
+            limits=Limits(
+                memory=settings.memory_overcommit,
+                cpu=settings.cpu_overcommit,
+                disk=settings.disk_overcommit,
+                free_disk_gb=settings.free_disk_gb,
+            ),
+            ports_of=loads.ports,
             port_free=self._port_free,
         )
 
     def _draft(self, request: CreateRequest, *, image: ResolvedImage, place: Place) -> tuple[InstanceRecord, str]:
         now = time.time()
         debug_port, stream_port = place.ports if image.browser else (None, None)
-        node = self._ledger.nodes.get(place.node.id)
         record = InstanceRecord(
             id="mu-" + "".join(secrets.choice(_ID_ALPHABET) for _ in range(8)),
             node_id=place.node.id,
@@ -250,9 +295,11 @@ class InstanceService:
             memory_gb=request.memory_gb,
             cpu_cores=request.cpu_cores,
             disk_gb=request.disk_gb,
-            disk_enforced=node.disk_quota,
+            disk_enforced=place.disk_quota,
             idle_timeout_minutes=request.idle_timeout_minutes,
             auto_snapshot=request.auto_snapshot,
+            node_labels=request.node_labels,
+            volume=place.node.volume,
             created_at=now,
             wanted=Wanted.RUNNING,
             generation=1,
@@ -281,15 +328,19 @@ class InstanceService:
         )
         runs = image.image if image.image == image.requested else f"{image.image} for '{image.requested}'"
         base = f" (built on {image.base})" if image.base else ""
-        return record, f"to run {runs}{base} on node {place.node.id}"
+        note = f" ({place.note})" if place.note else ""
+        return record, f"to run {runs}{base} on node {place.node.id}{note}"
 
 
 def _need_of(request: CreateRequest, *, ports: int) -> Need:
     return Need(
         memory_gb=request.memory_gb,
         cpu_cores=request.cpu_cores,
+        disk_gb=request.disk_gb,
         ports=ports,
+        labels=request.node_labels,
         node_preference=request.node_preference,
+        strict=request.node_strict,
     )
 
 

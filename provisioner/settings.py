@@ -52,6 +52,10 @@ class Settings(BaseSettings):
     create_attempts: int = Field(default=3, ge=1)
     memory_overcommit: float = Field(default=1.0, gt=0)
     cpu_overcommit: float = Field(default=16.0, gt=0)
+    disk_overcommit: float = Field(default=4.0, gt=0)
+    """How many times a node's disk may be promised, where its size is known: homes start small."""
+    free_disk_gb: float = Field(default=2.0, ge=0)
+    """Free disk, in GiB, below which a node takes nothing new, whatever was promised."""
     snapshot_keep: int = Field(default=1, ge=1)
     """How many snapshots of an instance are kept once a newer one is verified."""
     snapshot_store: str | None = None

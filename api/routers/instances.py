@@ -48,7 +48,9 @@ async def create_instance(
             disk_gb=wanted.config.disk_gb,
             idle_timeout_minutes=wanted.config.idle_timeout_minutes,
             auto_snapshot=wanted.config.auto_snapshot,
+            node_labels=wanted.node_labels,
             node_preference=wanted.node_preference,
+            node_strict=wanted.node_strict,
         ),
     )
     try:
@@ -135,8 +137,12 @@ async def revive_instance(
     instance_id: InstanceId, services: ServicesDep, waiter: WaiterDep, wanted: ReviveRequest | None = None
 ) -> Instance:
     """Restore a dormant instance, with the same id. What can't be restored stays dormant, with its snapshot: 409."""
-    method = (wanted or ReviveRequest()).method
-    record = await to_thread.run_sync(lambda: services.instances.revive(instance_id, method=method))
+    how = wanted or ReviveRequest()
+    record = await to_thread.run_sync(
+        lambda: services.instances.revive(
+            instance_id, method=how.method, node_preference=how.node_preference, node_strict=how.node_strict
+        )
+    )
     return await _show(services, await waiter.outcome(record) or record)
 
 

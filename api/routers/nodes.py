@@ -19,8 +19,7 @@ router = APIRouter(prefix="/v2/nodes", tags=["Nodes"])
 )
 def list_nodes(services: ServicesDep) -> NodeList:
     """List every node of the cluster, by id."""
-    loads = services.ledger.instances.loads()
-    return NodeList(nodes=[views.show_node(node, loads=loads) for node in services.ledger.nodes.list()])
+    return NodeList(nodes=views.show_nodes(services, services.ledger.nodes.list()))
 
 
 @router.get(
@@ -32,4 +31,4 @@ def list_nodes(services: ServicesDep) -> NodeList:
 )
 def get_node(node_id: Annotated[str, Path()], services: ServicesDep) -> Node:
     """Get one node."""
-    return views.show_node(services.ledger.nodes.get(node_id), loads=services.ledger.instances.loads())
+    return views.show_nodes(services, [services.ledger.nodes.get(node_id)])[0]

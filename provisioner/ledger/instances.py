@@ -8,7 +8,8 @@ callers ever decide on the same state.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -19,23 +20,16 @@ from provisioner.errors import NotFound
 from provisioner.ledger import tables
 from provisioner.ledger.database import Database
 from provisioner.ledger.events import add_event
+from provisioner.ledger.loads import LoadReader as LoadReader  # part of what a decision is given
+from provisioner.ledger.loads import NodeLoad, note_change, read_loads
 from provisioner.ledger.records import InstanceRecord, Moving, SnapshotRecord, SnapshotState
 from provisioner.states import Status, Wanted
 
 _MANY = 100
 """How many instances one transaction changes at most, so that nobody else waits long for the next."""
+_PROMISING = frozenset({"node_id", "wanted", "body", "memory_gb", "cpu_cores", "disk_gb", "volume"})
+"""What an instance's part in its node's load depends on."""
 _COLUMNS = [column.name for column in tables.instances.columns]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NodeLoad:
-    """What a node has promised already."""
-
-    node_id: str
-    instances: int
-    memory_gb: float
-    cpu_cores: int
-    ports: frozenset[int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +46,6 @@ class Update:
     remove: bool = False
 
 
-LoadReader = Callable[[], tuple[NodeLoad, ...]]
 Decide = Callable[[InstanceRecord, LoadReader], Update | None]
 
 
@@ -65,8 +58,9 @@ class Instances:
     def create(self, draft: Callable[[LoadReader], tuple[InstanceRecord, str]]) -> InstanceRecord:
         """Insert the instance that `draft` makes of the nodes' load; return it. `draft` returns it with a message."""
         with self._database.write() as connection:
-            record, message = draft(lambda: _read_loads(connection))
+            record, message = draft(LoadReader(connection))
             connection.execute(tables.instances.insert().values(**_row(record)))
+            note_change(connection, before=None, after=record)
             _take_ports(connection, record, [p for p in (record.debug_port, record.stream_port) if p is not None])
             add_event(connection, kind="create", message=message, instance_id=record.id, node_id=record.node_id)
         return record
@@ -79,7 +73,7 @@ class Instances:
         """
         with self._database.write() as connection:
             record = _read_one(connection, instance_id)
-            update = decide(record, lambda: _read_loads(connection))
+            update = decide(record, LoadReader(connection))
             if update is None:
                 return record
             _write(connection, record, update)
@@ -95,7 +89,7 @@ class Instances:
             with self._database.write() as connection:
                 found = _read(connection, [tables.instances.c.id.in_(instance_ids[start : start + _MANY])])
                 for record in found:
-                    update = decide(record, lambda: _read_loads(connection))
+                    update = decide(record, LoadReader(connection))
                     if update is not None:
                         _write(connection, record, update)
                         changed.append(record.id)
@@ -173,7 +167,13 @@ class Instances:
     def loads(self) -> tuple[NodeLoad, ...]:
         """Return what each node with at least one instance has promised."""
         with self._database.read() as connection:
-            return _read_loads(connection)
+            return read_loads(connection)
+
+    @contextmanager
+    def reader(self) -> Iterator[LoadReader]:
+        """Give what decisions are given, outside of one: for asking, not for promising."""
+        with self._database.read() as connection:
+            yield LoadReader(connection)
 
 
 def _row(record: InstanceRecord) -> dict[str, Any]:
@@ -222,16 +222,17 @@ def _write(connection: sa.Connection, record: InstanceRecord, update: Update) ->
         kind, message = update.event
         add_event(connection, kind=kind, message=message, instance_id=record.id, node_id=record.node_id)
     if update.remove:
+        note_change(connection, before=record, after=None)
         connection.execute(tables.instances.delete().where(tables.instances.c.id == record.id))
         return
+    moved = dataclasses.replace(record, **{k: v for k, v in update.values.items() if k in _PROMISING})
+    note_change(connection, before=record, after=moved)
     if update.values:
         values = {name: _plain(value) for name, value in update.values.items()}
         connection.execute(tables.instances.update().where(tables.instances.c.id == record.id).values(**values))
     if update.release_ports:
         connection.execute(tables.ports.delete().where(tables.ports.c.instance_id == record.id))
-    _take_ports(
-        connection, dataclasses.replace(record, node_id=update.values.get("node_id", record.node_id)), update.take_ports
-    )
+    _take_ports(connection, moved, update.take_ports)
     mine = tables.snapshots.c.instance_id == record.id
     for generation in (*update.drop_snapshots, *(s.generation for s in update.put_snapshots)):
         connection.execute(tables.snapshots.delete().where(mine, tables.snapshots.c.generation == generation))
@@ -243,28 +244,3 @@ def _write(connection: sa.Connection, record: InstanceRecord, update: Update) ->
 def _take_ports(connection: sa.Connection, record: InstanceRecord, ports: Sequence[int]) -> None:
     for port in ports:
         connection.execute(tables.ports.insert().values(node_id=record.node_id, port=port, instance_id=record.id))
-
-
-def _read_loads(connection: sa.Connection) -> tuple[NodeLoad, ...]:
-    # Promised is what runs, should run, or may still be in the stack.
-    table = tables.instances
-    holds = sa.or_(table.c.body, table.c.wanted == Wanted.RUNNING.value)
-    rows = connection.execute(
-        sa.select(table.c.node_id, sa.func.count(), sa.func.sum(table.c.memory_gb), sa.func.sum(table.c.cpu_cores))
-        .where(holds)
-        .group_by(table.c.node_id)
-    ).all()
-    ports: dict[str, set[int]] = {}
-    for node_id, port in connection.execute(sa.select(tables.ports.c.node_id, tables.ports.c.port)):
-        ports.setdefault(node_id, set()).add(port)
-    counted = {row[0]: row for row in rows}
-    return tuple(
-        NodeLoad(
-            node_id=node_id,
-            instances=int(counted[node_id][1]) if node_id in counted else 0,
-            memory_gb=float(counted[node_id][2]) if node_id in counted else 0.0,
-            cpu_cores=int(counted[node_id][3]) if node_id in counted else 0,
-            ports=frozenset(ports.get(node_id, ())),
-        )
-        for node_id in sorted(counted.keys() | ports.keys())
-    )

@@ -65,6 +65,12 @@ class Nodes:
             rows = connection.execute(sa.select(tables.nodes).order_by(tables.nodes.c.id)).mappings().all()
         return [_record(row) for row in rows]
 
+    def online(self) -> set[str]:
+        """Return the ids of the nodes that answer."""
+        query = sa.select(tables.nodes.c.id).where(tables.nodes.c.status == NodeStatus.ONLINE.value)
+        with self._database.read() as connection:
+            return set(connection.scalars(query))
+
     def get(self, node_id: str) -> NodeRecord:
         """Return the node; raise NotFound."""
         with self._database.read() as connection:

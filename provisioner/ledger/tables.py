@@ -5,7 +5,20 @@ Times are seconds since the epoch (UTC), as floats.
 
 from __future__ import annotations
 
-from sqlalchemy import JSON, Boolean, Column, Float, ForeignKey, Integer, MetaData, String, Table, Text, false
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Float,
+    ForeignKey,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    false,
+)
 
 metadata = MetaData()
 
@@ -107,6 +120,17 @@ nodes = Table(
     Column("cpu_percent", Float),
     Column("memory_percent", Float),
     Column("disk_percent", Float),
+)
+
+node_loads = Table(
+    "node_loads",
+    metadata,
+    # Of the instances that hold a place, summed up; see loads.py.
+    Column("node_id", String(64), primary_key=True),
+    Column("instances", Integer, nullable=False),
+    Column("memory_mib", BigInteger, nullable=False),
+    Column("cpu_cores", Integer, nullable=False),
+    Column("disk_mib", BigInteger, nullable=False),
 )
 
 events = Table(

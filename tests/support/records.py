@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any
 
+from provisioner.ledger.loads import NodeLoad
 from provisioner.ledger.records import InstanceRecord
 from provisioner.states import Status, Wanted
 
@@ -50,3 +53,18 @@ def make_record(**changes: Any) -> InstanceRecord:
         "error_generation": None,
     }
     return InstanceRecord(**fields | changes)
+
+
+def sum_up(records: Iterable[InstanceRecord]) -> tuple[NodeLoad, ...]:
+    """Return what each node has promised, added up from its instances."""
+    held = [record for record in records if record.body or record.wanted is Wanted.RUNNING]
+    return tuple(
+        NodeLoad(
+            node_id=node_id,
+            instances=sum(r.node_id == node_id for r in held),
+            memory_mib=sum(math.ceil(r.memory_gb * 1024) for r in held if r.node_id == node_id),
+            cpu_cores=sum(r.cpu_cores for r in held if r.node_id == node_id),
+            disk_mib=sum(math.ceil(r.disk_gb * 1024) for r in held if r.node_id == node_id and r.volume == "docker"),
+        )
+        for node_id in sorted({r.node_id for r in held})
+    )

@@ -157,6 +157,6 @@ def _revive(record: InstanceRecord, loads: LoadReader) -> Update:
 
 
 def _free_ports(loads: LoadReader) -> tuple[int, int]:
-    taken = {port for load in loads() for port in load.ports}
+    taken = loads.ports("local")
     first, second, *_ = (port for port in range(21000, 21100) if port not in taken)
     return first, second

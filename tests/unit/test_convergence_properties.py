@@ -22,6 +22,7 @@ from provisioner.ledger.records import InstanceRecord
 from provisioner.specs import specs_of
 from provisioner.states import UP, Status, Wanted
 from tests.support.fake_engine import EMPTY, Died, declared_urns, instance_of
+from tests.support.records import sum_up
 from tests.support.world import NAMES, World, empty_ledger
 
 IDS = ("mu-a", "mu-b")
@@ -179,8 +180,13 @@ class Convergence(RuleBasedStateMachine):
 
     @invariant()
     def ports_are_promised_to_who_has_them(self) -> None:
-        promised = {port for load in self.world.ledger.instances.loads() for port in load.ports}
+        with self.world.ledger.instances.reader() as loads:
+            promised = loads.ports("local")
         assert promised == {port for record in self.world.ledger.instances.all() for port in self.ports_of(record)}
+
+    @invariant()
+    def the_node_has_promised_what_its_instances_take(self) -> None:
+        assert sum_up(self.world.ledger.instances.all()) == self.world.ledger.instances.loads()
 
     @invariant()
     def a_full_program_changes_nothing_that_is_settled(self) -> None:

@@ -18,7 +18,13 @@ from provisioner.ledger.records import NodeRecord, NodeStatus
 from provisioner.settings import Settings
 from stacks.spec import ClusterSpec, NodeSpec
 
-INFO = {"NCPU": 4, "MemTotal": 8 * 2**30, "DockerRootDir": "/nonexistent"}
+INFO = {
+    "NCPU": 4,
+    "MemTotal": 8 * 2**30,
+    "DockerRootDir": "/nonexistent",
+    "Architecture": "aarch64",
+    "OSType": "linux",
+}
 
 
 class FakeHosts:
@@ -83,6 +89,12 @@ def test_a_node_is_online_with_its_first_answer(scene: Scene) -> None:
     assert (node.cpu_cores, node.memory_bytes, node.disk_quota) == (4, 8 * 2**30, True)
     assert node.disk_percent is None, "the disk of another machine is unknown"
     assert scene.changes.work.is_set()
+
+
+def test_a_node_is_labelled_by_its_engine_unless_the_file_says_otherwise(scene: Scene) -> None:
+    assert scene.beat(up=True).labels == {"arch": "arm64", "os": "linux"}
+    scene.cluster.replace(ClusterSpec(name="test", nodes=(NodeSpec(id="local", labels={"os": "mine", "zone": "1"}),)))
+    assert scene.beat(up=True).labels == {"arch": "arm64", "os": "mine", "zone": "1"}
 
 
 def test_a_node_is_offline_after_several_misses_in_a_row(scene: Scene) -> None:

@@ -108,7 +108,7 @@ def test_one_port_is_never_given_twice_to_callers_of_the_same_moment(ledger: Led
 
     def create(number: int) -> None:
         def draft(loads: LoadReader) -> tuple[InstanceRecord, str]:
-            taken = {port for load in loads() for port in load.ports}
+            taken = loads.ports("local")
             free = next(port for port in range(21000, 22000, 2) if port not in taken)
             return make_record(id=f"mu-{number}", debug_port=free, stream_port=free + 1), "made"
 
@@ -126,9 +126,11 @@ def test_one_port_is_never_given_twice_to_callers_of_the_same_moment(ledger: Led
 
 def test_released_ports_are_free_again(ledger: Ledger) -> None:
     ledger.instances.create(lambda _: (make_record(), "made"))
-    assert ledger.instances.loads()[0].ports == {21000, 21001}
+    with ledger.instances.reader() as loads:
+        assert loads.ports("local") == {21000, 21001}
     ledger.instances.change("mu-test", lambda *_: Update(release_ports=True))
-    assert ledger.instances.loads()[0].ports == frozenset()
+    with ledger.instances.reader() as loads:
+        assert loads.ports("local") == frozenset()
 
 
 def test_what_is_committed_is_on_the_disk(tmp_path: Path) -> None:

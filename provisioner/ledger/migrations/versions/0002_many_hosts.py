@@ -1,6 +1,8 @@
-"""Many hosts: labels, availability, moves, live snapshots, and leases of several control planes."""
+"""Many hosts: labels, availability, moves, live snapshots, sums of what nodes promised, and leases."""
 
 from __future__ import annotations
+
+import math
 
 import sqlalchemy as sa
 from alembic import op
@@ -27,9 +29,41 @@ def upgrade() -> None:
         sa.Column("expires_at", sa.Float(), nullable=False),
         sa.PrimaryKeyConstraint("name"),
     )
+    _sum_up_loads()
+
+
+def _sum_up_loads() -> None:
+    """Make the table of what each node has promised, from the instances that there are."""
+    loads = op.create_table(
+        "node_loads",
+        sa.Column("node_id", sa.String(length=64), nullable=False),
+        sa.Column("instances", sa.Integer(), nullable=False),
+        sa.Column("memory_mib", sa.BigInteger(), nullable=False),
+        sa.Column("cpu_cores", sa.Integer(), nullable=False),
+        sa.Column("disk_mib", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("node_id"),
+    )
+    instances = sa.table(
+        "instances",
+        *(sa.column(name) for name in ("node_id", "memory_gb", "cpu_cores", "disk_gb", "wanted")),
+        sa.column("body", sa.Boolean()),
+    )
+    columns = instances.c
+    held = sa.select(columns.node_id, columns.memory_gb, columns.cpu_cores, columns.disk_gb).where(
+        sa.or_(columns.body, columns.wanted == "running")
+    )
+    sums: dict[str, list[int]] = {}
+    for node_id, memory_gb, cpu_cores, disk_gb in op.get_bind().execute(held):
+        amounts = (1, math.ceil(memory_gb * 1024), cpu_cores, math.ceil(disk_gb * 1024))
+        sums[node_id] = [a + b for a, b in zip(sums.get(node_id, (0, 0, 0, 0)), amounts, strict=True)]
+    names = ("instances", "memory_mib", "cpu_cores", "disk_mib")
+    op.bulk_insert(
+        loads, [{"node_id": node_id, **dict(zip(names, found, strict=True))} for node_id, found in sums.items()]
+    )
 
 
 def downgrade() -> None:
+    op.drop_table("node_loads")
     op.drop_table("leases")
     for table, names in (
         ("nodes", ("labels", "availability", "offline_since")),
