@@ -65,7 +65,7 @@ class ControlPlane:
         self.ledger = Ledger.create(settings.ledger_path)
         self.ledger.nodes.sync(self.cluster.nodes)
         self.changes = Changes()
-        self.hosts = DockerHosts(timeout_s=settings.node_timeout_s)
+        self.hosts = DockerHosts(base_dir=settings.project_dir, timeout_s=settings.node_timeout_s)
         self.store = open_store(settings)
         guard = LedgerGuard(self.ledger, stop_timeout_s=settings.stop_timeout_s)
         docker = DockerProvider(hosts=self.hosts, policy=guard)
