@@ -116,7 +116,7 @@ class World:
         """Create an instance, as InstanceService does."""
 
         def draft(loads: LoadReader) -> tuple[InstanceRecord, str]:
-            debug_port, stream_port = _free_ports(loads)
+            debug_port, stream_port = _free_ports(loads, node_id=str(fields.get("node_id", "local")))
             defaults = {"status": Status.CREATING, "applied_generation": 0, "settled_generation": 0}
             return make_record(**defaults | {"debug_port": debug_port, "stream_port": stream_port} | fields), "test"
 
@@ -153,10 +153,12 @@ class World:
 
 
 def _revive(record: InstanceRecord, loads: LoadReader) -> Update:
-    return lifecycle.wish_revived(record, method="quick_start", node_id="local", ports=_free_ports(loads))
+    return lifecycle.wish_revived(
+        record, method="quick_start", node_id="local", ports=_free_ports(loads, node_id="local")
+    )
 
 
-def _free_ports(loads: LoadReader) -> tuple[int, int]:
-    taken = loads.ports("local")
+def _free_ports(loads: LoadReader, *, node_id: str) -> tuple[int, int]:
+    taken = loads.ports(node_id)
     first, second, *_ = (port for port in range(21000, 21100) if port not in taken)
     return first, second
