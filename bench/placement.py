@@ -16,9 +16,9 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import sqlalchemy as sa
 
@@ -30,6 +30,7 @@ from provisioner.placement import Limits, Need, Place, choose_place, find_lack
 from stacks.spec import ClusterSpec, NodeSpec
 from tests.support.records import make_record
 
+Result = TypeVar("Result")
 LIMITS = Limits(memory=1.0, cpu=16.0, disk=4.0, free_disk_gb=2.0)
 SIZES = ((32, 8), (64, 16), (128, 32), (256, 64))
 """GiB of memory and cores of the nodes."""
@@ -158,17 +159,39 @@ def make_draft(need: Need, place: Place, *, number: int) -> InstanceRecord:
     )
 
 
-def time_transactions(
-    ledger: Ledger, cluster: ClusterSpec, *, count: int, first: int
-) -> tuple[list[float], list[float]]:
-    """Create instances in the ledger; return the seconds of the decisions and of the whole transactions."""
-    decisions, wholes = [], []
+class Stopwatch:
+    """Collects how long something took: by the clock, and of the processor, which is what a busy machine leaves."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._wall_s: list[float] = []
+        self._cpu_s: list[float] = []
+
+    def time(self, work: Callable[[], Result]) -> Result:
+        """Run something and note its times."""
+        wall_s, cpu_s = time.perf_counter(), time.thread_time()
+        result = work()
+        self._cpu_s.append(time.thread_time() - cpu_s)
+        self._wall_s.append(time.perf_counter() - wall_s)
+        return result
+
+    def __str__(self) -> str:
+        wall_s = sorted(self._wall_s)
+        median, p99 = (
+            f"{1000 * found:6.2f} ms" for found in (statistics.median(wall_s), wall_s[len(wall_s) * 99 // 100])
+        )
+        cpu = f"{1000 * statistics.median(self._cpu_s):6.2f} ms"
+        return f"{self._name:<34} median {median}   p99 {p99}   processor {cpu}   n={len(wall_s)}"
+
+
+def time_transactions(ledger: Ledger, cluster: ClusterSpec, *, count: int, first: int) -> tuple[Stopwatch, Stopwatch]:
+    """Create instances in the ledger; return the times of the decisions, and of the whole transactions."""
+    decisions, wholes = Stopwatch("reading and choosing, in the ledger"), Stopwatch("the whole transaction")
     for number in range(first, first + count):
         need = make_need()
 
-        def draft(loads: LoadReader, need: Need = need, number: int = number) -> tuple[InstanceRecord, str]:
-            started = time.perf_counter()
-            place = choose_place(
+        def decide(loads: LoadReader, need: Need = need) -> Place:
+            return choose_place(
                 need,
                 cluster=cluster,
                 nodes=loads.nodes(),
@@ -176,28 +199,13 @@ def time_transactions(
                 ports_of=loads.ports,
                 port_free=lambda *_: True,
             )
-            decisions.append(time.perf_counter() - started)
+
+        def draft(loads: LoadReader, need: Need = need, number: int = number) -> tuple[InstanceRecord, str]:
+            place = decisions.time(lambda: decide(loads, need))
             return make_draft(need, place, number=number), "bench"
 
-        started = time.perf_counter()
-        ledger.instances.create(draft)
-        wholes.append(time.perf_counter() - started)
+        wholes.time(lambda draft=draft: ledger.instances.create(draft))
     return decisions, wholes
-
-
-def timed(work: Callable[[], Any], into: list[float]) -> Any:
-    """Run something, adding its seconds."""
-    started = time.perf_counter()
-    result = work()
-    into.append(time.perf_counter() - started)
-    return result
-
-
-def rows(name: str, taken_s: Sequence[float]) -> Iterator[str]:
-    """Write one row of times."""
-    ordered = sorted(taken_s)
-    median, p99 = statistics.median(ordered), ordered[int(len(ordered) * 0.99)]
-    yield f"{name:<34} median {median * 1000:6.2f} ms   p99 {p99 * 1000:6.2f} ms   n={len(ordered)}"
 
 
 def main() -> None:
@@ -212,25 +220,25 @@ def main() -> None:
     needs = [make_need() for _ in range(options.instances)]
     ours, in_turn = Simulation(cluster, states), Simulation(cluster, states)
     placed: list[tuple[Need, Place]] = []
-    pure_s: list[float] = []
+    choosing = Stopwatch("choosing")
     for need in needs:
-        place = timed(lambda need=need: ours.choose(need), pure_s)
+        place = choosing.time(lambda need=need: ours.choose(need))
         ours.put(need, place)
         placed.append((need, place))
         in_turn.put(need, in_turn.take_turns(need))
     with tempfile.TemporaryDirectory() as directory:
         ledger = Ledger.create(Path(directory) / "ledger.db")
         fill_ledger(ledger, ours, placed)
-        decision_s, whole_s = time_transactions(ledger, cluster, count=options.transactions, first=options.instances)
+        decisions, wholes = time_transactions(ledger, cluster, count=options.transactions, first=options.instances)
         ledger.close()
-    lines = [
-        *rows("choosing", pure_s),
-        *rows("reading and choosing, in the ledger", decision_s),
-        *rows("the whole transaction", whole_s),
+    for line in (
+        choosing,
+        decisions,
+        wholes,
         f"memory promised, ours         {ours.imbalance()}",
         f"memory promised, round robin  {in_turn.imbalance()}",
-    ]
-    print("\n".join(lines))  # noqa: T201
+    ):
+        print(line)  # noqa: T201
 
 
 if __name__ == "__main__":

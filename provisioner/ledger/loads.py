@@ -63,7 +63,7 @@ class LoadReader:
         self._connection = connection
 
     def nodes(self) -> list[NodeState]:
-        """Return every node, by id."""
+        """Return every node, in no order."""
         rows = self._connection.execute(_STATES)
         return [NodeState(row[0], row[1] == _ONLINE, _parse_labels(row[2]), *row[3:]) for row in rows]
 
@@ -132,23 +132,19 @@ def _parse_labels(text: str) -> Mapping[str, str]:
 
 def _make_query() -> sa.Select[Any]:
     node, load = tables.nodes.c, tables.node_loads.c
-    return (
-        sa.select(
-            node.id,
-            node.status,
-            sa.cast(node.labels, sa.Text),  # most nodes have the same few: each is parsed once
-            node.cpu_cores,
-            node.memory_bytes,
-            node.disk_bytes,
-            node.disk_quota,
-            node.cpu_percent,
-            node.memory_percent,
-            node.disk_percent,
-            *(sa.func.coalesce(sums, 0) for sums in (load.instances, load.memory_mib, load.cpu_cores, load.disk_mib)),
-        )
-        .select_from(tables.nodes.outerjoin(tables.node_loads, load.node_id == node.id))
-        .order_by(node.id)
-    )
+    return sa.select(
+        node.id,
+        node.status,
+        sa.cast(node.labels, sa.Text),  # most nodes have the same few: each is parsed once
+        node.cpu_cores,
+        node.memory_bytes,
+        node.disk_bytes,
+        node.disk_quota,
+        node.cpu_percent,
+        node.memory_percent,
+        node.disk_percent,
+        *(sa.func.coalesce(sums, 0) for sums in (load.instances, load.memory_mib, load.cpu_cores, load.disk_mib)),
+    ).select_from(tables.nodes.outerjoin(tables.node_loads, load.node_id == node.id))
 
 
 _STATES = _make_query()
