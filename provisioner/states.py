@@ -80,6 +80,7 @@ TRANSITIONS: dict[tuple[Status, Event], Status] = {
     (Status.FAILED, Event.DELETE): Status.FAILED,
     (Status.FAILED, Event.MOVE): Status.CREATING,
     (Status.FAILED, Event.READY): Status.RUNNING,
+    (Status.FAILED, Event.LOST): Status.CREATING,  # its repair was given up: what it still had is gone now
 }
 
 UP = frozenset({Status.RUNNING, Status.IDLE})
