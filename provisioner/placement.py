@@ -203,11 +203,11 @@ def score(need: Need, *, node: NodeSpec, state: NodeState, limits: Limits) -> fl
     instances = (state.instances + 1) / node.max_instances
     memory = (state.promised_memory_mib + need.memory_mib) / ((state.memory_bytes or 1) / 2**20 * limits.memory)
     cores = (state.promised_cpu_cores + need.cpu_cores) / ((state.cpu_cores or 1) * limits.cpu)
-    shares = [instances, memory, cores]
-    if state.disk_bytes and node.volume == "docker":
-        shares.append((state.promised_disk_mib + need.disk_mib) / (state.disk_bytes / 2**20 * limits.disk))
-    live = max(state.cpu_percent or 0, state.memory_percent or 0) / 100
-    return (max(shares) + sum(shares) / len(shares)) / 2 + LIVE_WEIGHT * live
+    live = max(state.cpu_percent or 0, state.memory_percent or 0) / 100 * LIVE_WEIGHT
+    if not state.disk_bytes or node.volume != "docker":
+        return (max(instances, memory, cores) + (instances + memory + cores) / 3) / 2 + live
+    disk = (state.promised_disk_mib + need.disk_mib) / (state.disk_bytes / 2**20 * limits.disk)
+    return (max(instances, memory, cores, disk) + (instances + memory + cores + disk) / 4) / 2 + live
 
 
 def pick_ports(count: int, *, node: NodeSpec, taken: frozenset[int], port_free: PortProbe) -> tuple[int, ...] | None:
