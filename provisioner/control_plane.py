@@ -7,7 +7,6 @@ wished is in the ledger, and the next start goes on from there.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from datetime import timedelta
@@ -21,7 +20,6 @@ from provisioner.converger import GATHER_S, Converger
 from provisioner.disk import DiskWatch
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.engine import Engine
-from provisioner.errors import LedgerMismatch
 from provisioner.guard import LedgerGuard
 from provisioner.health import NodeHealth
 from provisioner.idle import IdleWatch
@@ -31,24 +29,18 @@ from provisioner.live_snapshots import LiveSnapshots
 from provisioner.loops import Loop
 from provisioner.metrics import Sampler
 from provisioner.moves import Mover
-from provisioner.outcomes import error_of
 from provisioner.plugins.docker.provider import DockerProvider
 from provisioner.plugins.host import PluginHost
 from provisioner.plugins.machineuse.servicer import MachineusePlugin
 from provisioner.preparation import Preparation
 from provisioner.readiness import Readiness
+from provisioner.reload import LOOK_EVERY_S, Reload
 from provisioner.repair import Repair
 from provisioner.service import InstanceService
 from provisioner.settings import Settings
 from provisioner.snapshots.location import open_store
-from provisioner.specs import specs_of
-from stacks.cluster import declare
-from stacks.spec import ClusterSpec
 
 log = structlog.get_logger(__name__)
-
-APPLIED = "applied_cluster"
-"""The fact that says which version of the cluster's file the stack has."""
 
 RECOVER_S = 1.0
 PRUNE_EVERY_S = 3600.0
@@ -65,9 +57,12 @@ class ControlPlane:
         settings.data_dir.chmod(0o700)
         self.cluster = Cluster(read_cluster(settings.project_dir, cluster=settings.cluster))
         self.ledger = Ledger.create(settings.ledger_path)
-        self.ledger.nodes.sync(self.cluster.nodes)
         self.changes = Changes()
-        self.hosts = DockerHosts(timeout_s=settings.node_timeout_s)
+        self.hosts = DockerHosts(base_dir=settings.project_dir, timeout_s=settings.node_timeout_s)
+        self._reload = Reload(
+            self.ledger, cluster=self.cluster, settings=settings, hosts=self.hosts, changes=self.changes
+        )
+        self._reload.sync()
         self.store = open_store(settings)
         guard = LedgerGuard(self.ledger, stop_timeout_s=settings.stop_timeout_s)
         docker = DockerProvider(hosts=self.hosts, policy=guard)
@@ -107,6 +102,7 @@ class ControlPlane:
         live = LiveSnapshots(self.ledger, cluster=self.cluster, settings=settings, changes=self.changes)
         sampler = Sampler(self.ledger, cluster=self.cluster, hosts=self.hosts)
         self._loops = [
+            Loop("cluster file", self._reload.step, every_s=LOOK_EVERY_S),
             Loop("heartbeat", self._nodes.step, every_s=settings.heartbeat_s),
             Loop("readiness", self._readiness.step, every_s=settings.heartbeat_s),
             Loop("repair", self._repair.step, every_s=settings.heartbeat_s),
@@ -131,7 +127,7 @@ class ControlPlane:
         self._nodes.beat_once()
         self._plugins.start()
         self._engine = Engine(self.settings, debug_providers=self._plugins.debug_providers)
-        self._apply_cluster(self._engine)
+        self._reload.apply_all(self._engine)
         self._converger = Converger(
             self.ledger,
             cluster=self.cluster,
@@ -169,32 +165,6 @@ class ControlPlane:
         self.ledger.close()
         log.info("control plane stopped")
 
-    def _apply_cluster(self, engine: Engine) -> None:
-        """Run a full update where the stack is new or the cluster's file has changed since the last one.
-
-        What can't be applied now (a node is away) is logged. Raises LedgerMismatch for a stack of another ledger, and
-        EngineError.
-        """
-        new = engine.ensure_stack()
-        fingerprint = _fingerprint(self.cluster.spec)
-        if not new and self.ledger.fact(APPLIED) == fingerprint:
-            return
-        wanted = specs_of(self.ledger.instances.all())
-
-        async def program() -> None:
-            await declare(self.cluster.spec, ledger_id=self.ledger.id, instances=wanted)
-
-        result = engine.update(program)
-        for urn, words in result.errors.items():
-            error = error_of(words)
-            if isinstance(error, LedgerMismatch):
-                raise error
-            log.error("the cluster's file could not be applied", urn=urn or None, error=error.message)
-        if result.errors:
-            return
-        self.ledger.write_fact(APPLIED, fingerprint)
-        log.info("cluster applied", nodes=len(self.cluster.nodes), took_s=round(result.duration_s, 2))
-
     def _converge(self) -> None:
         assert self._converger is not None
         while not self._stopping.is_set():
@@ -208,7 +178,3 @@ class ControlPlane:
             self.changes.work.wait(RECHECK_S if due_s is None else min(due_s, RECHECK_S))
             self.changes.work.clear()
             self._stopping.wait(GATHER_S)
-
-
-def _fingerprint(cluster: ClusterSpec) -> str:
-    return hashlib.sha256(cluster.model_dump_json().encode()).hexdigest()[:16]

@@ -6,6 +6,7 @@ An engine that hangs costs one thread, its own, for a bounded time: it is not as
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from provisioner.changes import Changes
 from provisioner.cluster import Cluster
 from provisioner.docker_hosts.disk import can_limit_volumes
 from provisioner.docker_hosts.hosts import DockerHosts
-from provisioner.errors import DockerError
+from provisioner.errors import DockerError, NotFound
 from provisioner.ledger import Ledger
 from provisioner.ledger.records import NodeStatus
 from provisioner.settings import Settings
@@ -46,8 +47,8 @@ class NodeHealth:
         self._changes = changes
         self._pool = ThreadPoolExecutor(max_workers=MOST_NODES_AT_ONCE, thread_name_prefix="machineuse-heartbeat")
         self._beats: dict[str, Future[None]] = {}
-        self._quotas: dict[str, bool] = {}
-        """Whether a node's volumes can be limited; asked once a connection."""
+        self._quotas: dict[tuple[str, str], bool] = {}
+        """Whether a node's volumes can be limited, by its id and host; asked once a connection."""
         self._meters: defaultdict[str, machine.CpuMeter] = defaultdict(machine.CpuMeter)
 
     def step(self) -> None:
@@ -80,12 +81,16 @@ class NodeHealth:
         try:
             host.ping()
             info = host.info()
-            if node.id not in self._quotas:
-                self._quotas[node.id] = can_limit_volumes(host, cluster=self._cluster.name, ledger_id=self._ledger.id)
+            if (node.id, node.host) not in self._quotas:
+                self._quotas[node.id, node.host] = can_limit_volumes(
+                    host, cluster=self._cluster.name, ledger_id=self._ledger.id
+                )
         except DockerError as error:
-            self._miss(node, error)
+            with contextlib.suppress(NotFound):  # the node was removed meanwhile
+                self._miss(node, error)
         else:
-            self._answered(node, info)
+            with contextlib.suppress(NotFound):
+                self._answered(node, info)
 
     def _answered(self, node: NodeSpec, info: Mapping[str, Any]) -> None:
         was = self._ledger.nodes.get(node.id)
@@ -99,7 +104,7 @@ class NodeHealth:
                 "offline_since": None,
                 "cpu_cores": float(info.get("NCPU") or 0) or None,
                 "memory_bytes": int(info.get("MemTotal") or 0) or None,
-                "disk_quota": self._quotas[node.id],
+                "disk_quota": self._quotas[node.id, node.host],
                 "labels": _labels_of_engine(info) | node.labels,
             }
             | self._measure(node, info),
@@ -126,7 +131,7 @@ class NodeHealth:
         }
 
     def _miss(self, node: NodeSpec, error: DockerError) -> None:
-        self._quotas.pop(node.id, None)  # it may come back as another engine
+        self._quotas.pop((node.id, node.host), None)  # it may come back as another engine
         known = self._ledger.nodes.get(node.id)
         misses = known.misses + 1
         values: dict[str, Any] = {"misses": misses, "error": error.explain()}

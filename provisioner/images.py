@@ -39,20 +39,22 @@ class ImageCatalogue:
         self._cluster = cluster
         self._hosts = hosts
         self._lock = threading.Lock()
-        self._known: dict[str, tuple[float, ResolvedImage]] = {}
+        self._known: dict[tuple[str, str], tuple[float, ResolvedImage]] = {}
+        """By the name that was asked for and what it stands for, which may change with the cluster's file."""
 
     def resolve(self, requested: str, *, nodes: Sequence[NodeSpec]) -> ResolvedImage:
         """Return what runs for `requested`; raise UnknownImage when neither a node nor a registry has it.
 
         Raises NodeUnreachable when no node answers.
         """
+        key = (requested, self._cluster.images.get(requested, requested))
         with self._lock:
-            known = self._known.get(requested)
+            known = self._known.get(key)
         if known is not None and time.monotonic() - known[0] < REMEMBER_S:
             return known[1]
         resolved = self._ask(requested, nodes=nodes)
         with self._lock:
-            self._known[requested] = (time.monotonic(), resolved)
+            self._known[key] = (time.monotonic(), resolved)
         return resolved
 
     def _ask(self, requested: str, *, nodes: Sequence[NodeSpec]) -> ResolvedImage:

@@ -183,6 +183,29 @@ def wish_absent(record: InstanceRecord, *, force: bool) -> Update | None:
     )
 
 
+def wish_abandoned(record: InstanceRecord) -> Update | None:
+    """Want nothing more of the instance's node, which is gone for good; None for one that has nothing there.
+
+    It is dormant with its newest verified snapshot; without any it is lost, and deleted. Neither waits for the node.
+    """
+    if not record.body:
+        return None
+    kept = max((s for s in record.snapshots if s.state is SnapshotState.VERIFIED), key=_generation, default=None)
+    if kept is None or record.wanted is Wanted.ABSENT:
+        return wish_absent(record, force=True)
+    cut_off = (s for s in record.snapshots if s.state is SnapshotState.PENDING)
+    return Update(
+        values=_new_wish(record, wanted=Wanted.DORMANT, event=Event.ABANDON)
+        | {"snapshot_generation": kept.generation, "moving": None, "force": True},
+        put_snapshots=tuple(dataclasses.replace(s, state=SnapshotState.EXPIRING) for s in cut_off),
+        event=("abandon", f"node {record.node_id} is gone for good; what is left is snapshot {kept.generation}"),
+    )
+
+
+def _generation(snapshot: SnapshotRecord) -> int:
+    return snapshot.generation
+
+
 def wish_repaired(record: InstanceRecord, *, reason: str) -> Update | None:
     """Want a lost container made again (its volume is kept); None when something is under way anyway."""
     if record.wanted is not Wanted.RUNNING or record.settled_generation < record.generation:
@@ -298,6 +321,7 @@ def note_dormant(record: InstanceRecord, *, generation: int) -> Update | None:
             "applied_generation": generation,
             "settled_generation": generation,
             "body": False,
+            "force": False,
             "restore_generation": None,
             "restore_method": None,
             "debug_port": None,

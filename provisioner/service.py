@@ -7,6 +7,7 @@ Nothing here changes anything on a node. `outcome` waits for what becomes of a w
 from __future__ import annotations
 
 import asyncio
+import errno
 import secrets
 import socket
 import time
@@ -20,7 +21,7 @@ from provisioner.errors import Conflict, MachineuseError, NotFound, SnapshotCorr
 from provisioner.images import ImageCatalogue, ResolvedImage
 from provisioner.ledger import Ledger
 from provisioner.ledger.instances import LoadReader, Update
-from provisioner.ledger.records import InstanceRecord, Moving, NodeStatus
+from provisioner.ledger.records import InstanceRecord, Moving
 from provisioner.placement import Limits, Need, Place, choose_place
 from provisioner.settings import Settings
 from provisioner.states import Status, Wanted
@@ -53,15 +54,18 @@ class CreateRequest:
 
 
 def port_is_free(node: NodeSpec, port: int) -> bool:
-    """Say whether nothing on this machine holds the port; a node elsewhere is taken at the ledger's word."""
+    """Say whether nothing on this machine holds the port; a node elsewhere is taken at the ledger's word.
+
+    An engine behind a Unix socket may be elsewhere too: then the address is not one of this machine's.
+    """
     if not node.host.startswith("unix://"):
         return True
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((node.bind_ip, port))
-        except OSError:
-            return False
+        except OSError as error:
+            return error.errno != errno.EADDRINUSE
     return True
 
 
@@ -106,8 +110,18 @@ class InstanceService:
         return self._woken(self._ledger.instances.create(draft))
 
     def make_dormant(self, instance_id: str, *, reason: str = "asked for by a caller") -> InstanceRecord:
-        """Want the instance dormant. Raises NotFound and Conflict."""
-        return self._wish(instance_id, lambda record, _: lifecycle.wish_dormant(record, reason=reason))
+        """Want the instance dormant. Raises NotFound, Conflict, and SnapshotFailed where its node is offline."""
+
+        def decide(record: InstanceRecord, _: LoadReader) -> Update | None:
+            update = lifecycle.wish_dormant(record, reason=reason)
+            if update is not None and self._is_offline(record.node_id) and record.moving is None:
+                raise SnapshotFailed(
+                    f"Node {record.node_id} does not answer, so no snapshot of instance {record.id} can be taken now.",
+                    resolution="Retry once its node is online; the instance stays as it is.",
+                )
+            return update
+
+        return self._wish(instance_id, decide)
 
     def revive(
         self,
@@ -152,7 +166,7 @@ class InstanceService:
         """Want an instance of a lost node given back elsewhere, if there is a place. Raises NotFound and NoCapacity."""
 
         def decide(record: InstanceRecord, loads: LoadReader) -> Update | None:
-            if self._ledger.nodes.get(record.node_id).status is not NodeStatus.OFFLINE:
+            if not self._is_offline(record.node_id):
                 return None  # it is back
             self._place(self._need_again(record, avoid={record.node_id}), loads=loads)
             return lifecycle.wish_moved(record, away_s=away_s)
@@ -181,6 +195,9 @@ class InstanceService:
             )
 
         return self._wish(instance_id, decide)
+
+    def _is_offline(self, node_id: str) -> bool:
+        return node_id not in self._ledger.nodes.online()
 
     def _need_again(
         self,

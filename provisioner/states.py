@@ -44,6 +44,7 @@ class Event(StrEnum):
     MOVE = "move"  # its node is lost: it is given back from its last snapshot on another one
     LOST = "lost"  # its container is gone or stopped behind our back; being made again
     DELETE = "delete"  # somebody asks for its end
+    ABANDON = "abandon"  # its node was removed from the cluster for good: its snapshot is all there is
 
 
 TRANSITIONS: dict[tuple[Status, Event], Status] = {
@@ -81,6 +82,11 @@ TRANSITIONS: dict[tuple[Status, Event], Status] = {
     (Status.FAILED, Event.MOVE): Status.CREATING,
     (Status.FAILED, Event.READY): Status.RUNNING,
     (Status.FAILED, Event.LOST): Status.CREATING,  # its repair was given up: what it still had is gone now
+    (Status.CREATING, Event.ABANDON): Status.DORMANT,
+    (Status.RUNNING, Event.ABANDON): Status.DORMANT,
+    (Status.IDLE, Event.ABANDON): Status.DORMANT,
+    (Status.DORMANT, Event.ABANDON): Status.DORMANT,
+    (Status.FAILED, Event.ABANDON): Status.DORMANT,
 }
 
 UP = frozenset({Status.RUNNING, Status.IDLE})

@@ -88,6 +88,20 @@ def container_arguments(
     }
 
 
+def endpoint_arguments(node: NodeSpec | None) -> dict[str, Any]:
+    """Return how a node's engine is reached, as arguments of the `machineuse` resources.
+
+    Of a node that the cluster does not have any more, nothing is left to be reached: its host is "".
+    """
+    if node is None:
+        return {"docker_host": ""}
+    return {
+        "docker_host": node.host,
+        "docker_cert_path": node.cert_path,
+        "docker_ssh_opts": list(node.ssh_opts) or None,
+    }
+
+
 def _labels(spec: InstanceSpec, *, cluster: ClusterSpec, ledger_id: str, urn: str) -> list[dict[str, str]]:
     labels = {CLUSTER_LABEL: cluster.name, INSTANCE_LABEL: spec.id, LEDGER_LABEL: ledger_id, URN_LABEL: urn}
     return [{"label": label, "value": value} for label, value in labels.items()]
@@ -102,9 +116,10 @@ class Instance(pulumi.ComponentResource):
         *,
         cluster: ClusterSpec,
         ledger_id: str,
-        provider: docker.Provider,
-        node: NodeSpec,
+        provider: docker.Provider | None,
+        node: NodeSpec | None,
     ) -> None:
+        """Declare an instance; one without a body needs no node."""
         super().__init__(names.COMPONENT_TYPE, spec.id)
         self._spec = spec
         self._cluster = cluster
@@ -133,6 +148,7 @@ class Instance(pulumi.ComponentResource):
         return docker.Volume(names.volume_name(self._spec.id), **arguments, opts=self._options())
 
     def _container(self, volume: docker.Volume, *, image: pulumi.Input[str]) -> docker.Container:
+        assert self._node is not None
         arguments = container_arguments(
             self._spec,
             cluster=self._cluster,
@@ -152,7 +168,7 @@ class Instance(pulumi.ComponentResource):
             instance=spec.id,
             generation=ref.generation,
             node_id=ref.node_id,
-            docker_host=self._host_of(ref.node_id),
+            **endpoint_arguments(self._cluster.node(ref.node_id)),
             container=self._names.docker_container(spec.id),
             volume=self._names.docker_volume(spec.id),
             image=spec.image,
@@ -160,12 +176,14 @@ class Instance(pulumi.ComponentResource):
             copy_volume=self._names.docker_copy(spec.id, ref.generation),
             helper_image=self._cluster.helper_image,
             stop_timeout_s=STOP_TIMEOUT_S,
+            live=ref.live,
             opts=pulumi.ResourceOptions(parent=self),
         )
 
     def _restore(self, volume: docker.Volume) -> Restore:
         spec = self._spec
         assert spec.restore is not None
+        assert self._node is not None
         ref = spec.restore.snapshot
         return Restore(
             names.restore_name(spec.id),
@@ -175,14 +193,10 @@ class Instance(pulumi.ComponentResource):
             snapshot_generation=ref.generation,
             method=spec.restore.method,
             node_id=spec.node_id,
-            docker_host=self._node.host,
+            **endpoint_arguments(self._node),
             volume=volume.name,
             image=spec.image,
             helper_image=self._cluster.helper_image,
             copy_volume=self._names.docker_copy(spec.id, ref.generation),
             opts=pulumi.ResourceOptions(parent=self),
         )
-
-    def _host_of(self, node_id: str) -> str:
-        node = self._cluster.node(node_id)
-        return node.host if node is not None else self._node.host

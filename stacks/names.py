@@ -9,6 +9,7 @@ COMPONENT_TYPE = "machineuse:index:Instance"
 VOLUME_TYPE = "docker:index/volume:Volume"
 CONTAINER_TYPE = "docker:index/container:Container"
 NETWORK_TYPE = "docker:index/network:Network"
+PROVIDER_TYPE = "pulumi:providers:docker"
 SNAPSHOT_TYPE = "machineuse:index:Snapshot"
 RESTORE_TYPE = "machineuse:index:Restore"
 
@@ -78,6 +79,12 @@ def if_there(urn: str) -> str:
     matches nothing: for deleting what may be gone already.
     """
     return urn.replace(f"::{COMPONENT_TYPE}", f"::{COMPONENT_TYPE[:-1]}*", 1)
+
+
+def node_if_there(urn: str) -> str:
+    """Return a pattern that matches just this URN of a node's provider or network."""
+    kind, _, name = urn.rpartition("::")
+    return f"{kind[:-1]}*::{name}"
 
 
 def provider_name(node_id: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import pulumi
@@ -23,7 +24,10 @@ class _Resource(pulumi.CustomResource):
 
 
 class Snapshot(_Resource):
-    """A verified snapshot of an instance. Creating it stops the instance's container and leaves it stopped."""
+    """A verified snapshot of an instance.
+
+    Creating it stops the instance's container and leaves it stopped, unless it is `live`: then it goes on running.
+    """
 
     bytes: pulumi.Output[int]
     """Size in the store."""
@@ -46,6 +50,8 @@ class Snapshot(_Resource):
         generation: pulumi.Input[int],
         node_id: pulumi.Input[str],
         docker_host: pulumi.Input[str],
+        docker_cert_path: pulumi.Input[str | None],
+        docker_ssh_opts: pulumi.Input[Sequence[str]],
         container: pulumi.Input[str],
         volume: pulumi.Input[str],
         image: pulumi.Input[str],
@@ -53,6 +59,7 @@ class Snapshot(_Resource):
         copy_volume: pulumi.Input[str],
         helper_image: pulumi.Input[str],
         stop_timeout_s: pulumi.Input[int],
+        live: pulumi.Input[bool] = False,
         opts: pulumi.ResourceOptions | None = None,
     ) -> None:
         inputs = {
@@ -62,6 +69,8 @@ class Snapshot(_Resource):
             "generation": generation,
             "node_id": node_id,
             "docker_host": docker_host,
+            "docker_cert_path": docker_cert_path,
+            "docker_ssh_opts": docker_ssh_opts,
             "container": container,
             "volume": volume,
             "image": image,
@@ -69,6 +78,7 @@ class Snapshot(_Resource):
             "copy_volume": copy_volume,
             "helper_image": helper_image,
             "stop_timeout_s": stop_timeout_s,
+            "live": live,
         }
         outputs = (
             "bytes",
@@ -103,6 +113,8 @@ class Restore(_Resource):
         method: pulumi.Input[str],
         node_id: pulumi.Input[str],
         docker_host: pulumi.Input[str],
+        docker_cert_path: pulumi.Input[str | None],
+        docker_ssh_opts: pulumi.Input[Sequence[str]],
         volume: pulumi.Input[str],
         image: pulumi.Input[str],
         helper_image: pulumi.Input[str],
@@ -117,6 +129,8 @@ class Restore(_Resource):
             "method": method,
             "node_id": node_id,
             "docker_host": docker_host,
+            "docker_cert_path": docker_cert_path,
+            "docker_ssh_opts": docker_ssh_opts,
             "volume": volume,
             "image": image,
             "helper_image": helper_image,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,14 +17,27 @@ def start_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartSer
     """Give a function that starts a service with these settings; every one is stopped and cleaned up.
 
     `node` and `images` go into the cluster's file: what its one node has beside the defaults, and the catalogue.
+    `nodes` names all of them instead; `cluster_fields` are further `cluster:` keys.
     """
     started: list[Service] = []
 
     def start(
-        *, node: Mapping[str, object] | None = None, images: Mapping[str, str] | None = None, **settings: object
+        *,
+        node: Mapping[str, object] | None = None,
+        nodes: Sequence[Mapping[str, object]] | None = None,
+        images: Mapping[str, str] | None = None,
+        cluster_fields: Mapping[str, object] | None = None,
+        **settings: object,
     ) -> Service:
         given = {name: str(value) for name, value in settings.items()}
-        service = Service(_project(tmp_path_factory), settings=given, node=node, images=images)
+        service = Service(
+            _project(tmp_path_factory),
+            settings=given,
+            node=node,
+            nodes=nodes,
+            images=images,
+            cluster_fields=cluster_fields,
+        )
         started.append(service)
         service.start()
         return service

@@ -7,11 +7,12 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from provisioner.errors import NotFound
+from provisioner.errors import Conflict, NotFound
 from provisioner.ledger import tables
 from provisioner.ledger.database import Database
 from provisioner.ledger.events import add_event
 from provisioner.ledger.records import NodeRecord, NodeStatus
+from provisioner.states import Wanted
 from stacks.spec import Availability, NodeSpec
 
 
@@ -21,11 +22,20 @@ class Nodes:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def sync(self, specs: Sequence[NodeSpec]) -> None:
-        """Make the table name the nodes of the cluster's file; what was observed of a known node is kept."""
+    def sync(self, specs: Sequence[NodeSpec], *, whole: bool = False) -> None:
+        """Make the table name the nodes of the cluster's file; what was observed of a known node is kept.
+
+        A node that the file does not name any more stays while an instance has a body there. With `whole` that is a
+        Conflict, and nothing is written: whoever gets none knows that nothing can be placed on such a node any more.
+        """
         table = tables.nodes
         with self._database.write() as connection:
             known = set(connection.scalars(sa.select(table.c.id)))
+            gone = known - {spec.id for spec in specs}
+            holds = sa.or_(tables.instances.c.body, tables.instances.c.wanted == Wanted.RUNNING.value)
+            in_use = gone & set(connection.scalars(sa.select(tables.instances.c.node_id).where(holds).distinct()))
+            if whole and in_use:
+                raise Conflict(f"Node '{min(in_use)}' has instances.")
             for spec in specs:
                 said = {
                     "host": spec.host,
@@ -46,8 +56,6 @@ class Nodes:
                             disk_quota=False,
                         )
                     )
-            gone = known - {spec.id for spec in specs}
-            in_use = set(connection.scalars(sa.select(tables.instances.c.node_id).distinct()))
             for node_id in gone - in_use:
                 connection.execute(table.delete().where(table.c.id == node_id))
 

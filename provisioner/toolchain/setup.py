@@ -8,7 +8,12 @@ from provisioner.toolchain.docker_engine import provide_docker_engine
 from provisioner.toolchain.language import find_official_language_host, provide_language_host
 from provisioner.toolchain.progress import Reporter, StepResult
 from provisioner.toolchain.pulumi_cli import provide_pulumi
-from provisioner.toolchain.test_tools import provide_puppeteer, provide_selenium_driver, provide_versitygw
+from provisioner.toolchain.test_tools import (
+    provide_puppeteer,
+    provide_selenium_driver,
+    provide_sshd,
+    provide_versitygw,
+)
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent.parent
 
@@ -37,6 +42,8 @@ def ensure(
             provide_puppeteer(step)
         with reporter.step("S3 server for tests") as step:
             provide_versitygw(step)
+        with reporter.step("SSH server for tests") as step:
+            provide_sshd(step)
     with reporter.step("Browser image") as step:
         from provisioner.browser_image import ensure_browser_image  # needs the Docker library: slow to import
 

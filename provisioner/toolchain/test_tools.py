@@ -58,6 +58,20 @@ def provide_versitygw(step: Step) -> None:
     step.outcome = f"versitygw {VERSITYGW_VERSION}"
 
 
+def provide_sshd(step: Step) -> None:
+    """Make sure that there is an SSH server to run on a test's own address. Raises SetupError where we may not install.
+
+    What the package starts by itself is the system's affair; the tests start their own.
+    """
+    if _find_sshd() is None:
+        install_packages(step, ["openssh-server", "openssh-client"], reason="sshd, behind which a test's node is,")
+    step.outcome = _find_sshd() or "sshd installed"
+
+
+def _find_sshd() -> str | None:
+    return shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin:/usr/local/sbin")
+
+
 def provide_selenium_driver(step: Step) -> None:
     """Make sure that `chromedriver` is on PATH. Raises SetupError with the command to run where we may not install."""
     if shutil.which("chromedriver") is None:

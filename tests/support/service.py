@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,14 @@ class Service:
         *,
         settings: dict[str, str],
         node: Mapping[str, object] | None = None,
+        nodes: Sequence[Mapping[str, object]] | None = None,
         images: Mapping[str, str] | None = None,
+        cluster_fields: Mapping[str, object] | None = None,
     ) -> None:
+        """Make its cluster file: of one node on this machine's engine, changed by `node`, or of exactly these `nodes`.
+
+        `cluster_fields` are further `cluster:` keys. What is left on other engines than this machine's is theirs.
+        """
         self.project = project
         self.cluster = f"t{secrets.token_hex(4)}"
         self.port = free_port()
@@ -53,17 +59,17 @@ class Service:
         self.settings = Settings(project_dir=project, cluster=self.cluster)
         first = random.randrange(25000, 31000, 20)  # below the kernel's ephemeral ports; a range of its own per service
         self.ports = range(first, first + 100)
-        self.write_cluster_file(ports={"first": first, "last": first + 99}, images=images, **(node or {}))
+        self._fields = dict(cluster_fields or {}) | ({} if images is None else {"images": dict(images)})
+        local = {"id": "local", "host": ENGINE, "address": "127.0.0.1", **(node or {})}
+        self.write_cluster_file([local] if nodes is None else nodes)
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=120)
 
-    def write_cluster_file(
-        self, *, ports: dict[str, int], images: Mapping[str, str] | None = None, **node: object
-    ) -> None:
-        """Write the cluster's file with one node, and with a catalogue of images where one is given."""
-        local = {"id": "local", "host": ENGINE, "address": "127.0.0.1", "ports": ports, **node}
-        catalogue = {} if images is None else {"cluster:images": dict(images)}
-        path = self.project / f"Pulumi.{self.cluster}.yaml"
-        path.write_text(json.dumps({"config": {"cluster:nodes": [local], **catalogue}}))
+    def write_cluster_file(self, nodes: Sequence[Mapping[str, object]]) -> None:
+        """Write the cluster's file with these nodes, which get the service's range of ports unless they say theirs."""
+        ports = {"first": self.ports.start, "last": self.ports.stop - 1}
+        fields = {"nodes": [{"ports": ports, **node} for node in nodes], **self._fields}
+        config = {f"cluster:{name}": value for name, value in fields.items()}
+        (self.project / f"Pulumi.{self.cluster}.yaml").write_text(json.dumps({"config": config}))
 
     # ---- the process
 

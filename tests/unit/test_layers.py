@@ -34,6 +34,7 @@ DOORS = {
     "starlette": ["api"],
     "uvicorn": ["api"],
     "typer": ["api"],
+    "ruamel": ["provisioner.clusterfile", "provisioner.clustertext"],
 }
 """Library → the modules or packages that may import it."""
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from provisioner.docker_hosts.hosts import DockerHost
 from provisioner.docker_hosts.networks import create_network, find_network, remove_network
-from provisioner.errors import DockerError
+from provisioner.errors import DockerError, NodeUnreachable
 from provisioner.plugins.docker.properties import (
     FLAG,
     LABELS,
@@ -94,7 +94,13 @@ class NetworkType(DockerResources, ResourceType):
 
         def remove(host: DockerHost, decision: DeleteDecision) -> None:
             del decision
-            remove_network(host, id)
+            try:
+                remove_network(host, id)
+            except NodeUnreachable as error:
+                if call.replacing:
+                    raise
+                # Its node left the cluster (or all goes): nobody would wait for a machine that may never be back.
+                call.warn(f"{error.message} Its network is left there.")
 
         self._delete(call, kind="network", name=str(outputs.get("name") or id), outputs=outputs, remove=remove)
 

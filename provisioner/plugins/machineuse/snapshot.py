@@ -14,7 +14,7 @@ from provisioner.docker_hosts.archives import DockerMachine
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.errors import NodeUnreachable, SnapshotCorrupt, SnapshotMissing, StillWanted
 from provisioner.plugins.machineuse.inputs import SnapshotInputs, check, differ, parse
-from provisioner.plugins.policy import DeletePolicy
+from provisioner.plugins.policy import DeleteDecision, DeletePolicy
 from provisioner.plugins.resources import Call, Checked, Created, Difference, Found, ResourceType
 from provisioner.plugins.values import Properties
 from provisioner.snapshots.capture import Capture, CaptureRequest, CaptureResult
@@ -63,6 +63,7 @@ class SnapshotType(ResourceType):
                 container=wanted.container,
                 volumes=Volumes(home=wanted.volume, copy=wanted.copy_volume, home_path=wanted.home_path),
                 image=wanted.image,
+                live=wanted.live,
                 stop_timeout_s=wanted.stop_timeout_s,
                 labels=labels_of(
                     cluster=wanted.cluster,
@@ -78,7 +79,7 @@ class SnapshotType(ResourceType):
         ).run()
         if result.copy_error is not None:
             call.warn(f"Snapshot {wanted.snapshot} is whole, but the node kept no quick copy: {result.copy_error}")
-        if not result.manifest.stopped_cleanly:
+        if not result.manifest.stopped_cleanly and not result.manifest.live:
             call.warn("The browser had to be killed: the last seconds of its profile may be missing in the snapshot.")
         return Created(id=str(wanted.snapshot), outputs=_outputs(inputs, result))
 
@@ -101,7 +102,7 @@ class SnapshotType(ResourceType):
         return old_outputs | news
 
     def delete(self, call: Call, *, id: str, inputs: Properties, outputs: Properties) -> None:
-        """Remove the quick copy, the restored image and the archive.
+        """Remove the quick copy, the restored image and the archive; of a node that left the cluster, the archive only.
 
         Raises:
             StillWanted: the policy says no.
@@ -120,6 +121,11 @@ class SnapshotType(ResourceType):
         decision = self._policy.check_delete(urn=call.urn, labels=labels, kind="snapshot", replacing=call.replacing)
         if not decision.allowed:
             raise StillWanted(decision.reason)
+        if gone.docker_host:
+            self._clear_node(call, gone, decision=decision)
+        self._store.delete(gone.snapshot)
+
+    def _clear_node(self, call: Call, gone: SnapshotInputs, *, decision: DeleteDecision) -> None:
         machine = self._machine(gone)
         leftovers: dict[str, Callable[[], object]] = {
             gone.copy_volume: lambda: machine.remove_copy(gone.copy_volume),
@@ -135,11 +141,10 @@ class SnapshotType(ResourceType):
                     raise
                 self._policy.note_leftover(urn=call.urn, host=gone.docker_host, name=name)
                 call.warn(f"{name} is left on node {gone.node_id}, which does not answer; it is removed later.")
-        self._store.delete(gone.snapshot)
 
     def _machine(self, inputs: SnapshotInputs) -> DockerMachine:
         return DockerMachine(
-            self._hosts.get(inputs.docker_host),
+            inputs.host(self._hosts),
             helper_image=inputs.helper_image,
             labels={CLUSTER_LABEL: inputs.cluster, LEDGER_LABEL: inputs.ledger_id},
         )

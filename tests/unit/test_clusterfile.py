@@ -1,0 +1,84 @@
+"""Reading a cluster's file: a mistake is one line that says where and what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from provisioner.clusterfile import parse_cluster, path_of, read_cluster
+from provisioner.errors import SettingsError
+
+HEAD = "config:\n  cluster:nodes:\n    - id: a\n    - id: b\n      host: ssh://b\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "said"),
+    [
+        (
+            f"{HEAD}      ports: {{ first: 80 }}\n",
+            6,
+            "node 'b': ports.first: Input should be greater than or equal to 10",
+        ),
+        (f"{HEAD}      max_instances: many\n", 6, "and it is 'many'."),
+        (
+            f"{HEAD}      ports: {{ first: 3000, last: 2000 }}\n",
+            6,
+            "node 'b': ports: ports.last must be above ports.first.",
+        ),
+        (f"{HEAD}      prots: 1\n", 6, "node 'b': 'prots' is unknown; allowed are id, host, "),
+        (f"{HEAD}      ports: {{ frist: 1 }}\n", 6, "node 'b': ports: 'frist' is unknown; allowed are first, last."),
+        (f"{HEAD}      availability: gone\n", 6, "node 'b': availability: Input should be 'active', 'cordoned' or "),
+        (f"{HEAD}      volume: ebs\n", 4, "node 'b': volume: ebs needs cloud: "),
+        (f"{HEAD}    - host: ssh://c\n", 6, "node 3: id: Field required."),
+        (f"{HEAD}    - id: a\n", 2, "two nodes are called 'a'."),
+        (f"{HEAD}  cluster:node: []\n", 6, "cluster:node is unknown; allowed are cluster:nodes, "),
+        (
+            f"{HEAD}  cluster:offline: {{ action: run }}\n",
+            6,
+            "cluster:offline.action: Input should be 'wait' or 'move'",
+        ),
+        (f"{HEAD}  cluster:offline: {{ when: 1 }}\n", 6, "cluster:offline: 'when' is unknown; allowed are action, "),
+        ("config:\n  cluster:nodes: []\n", 2, "cluster:nodes: a cluster needs at least one node."),
+        ("config:\n  cluster:nodes: {}\n", 2, "cluster:nodes: "),
+        (f"{HEAD}      id: c\n", 6, 'it is not YAML: found duplicate key "id"'),
+        (f"{HEAD}   - id: c\n", 6, "it is not YAML: "),
+        ("config: 3\n", 1, "config: it should be a list of keys and values"),
+    ],
+)
+def test_a_mistake_is_one_line_with_file_line_and_node(text: str, line: int, said: str) -> None:
+    with pytest.raises(SettingsError) as raised:
+        parse_cluster(text, cluster="x", file="Pulumi.x.yaml")
+    message = raised.value.message
+    assert message.startswith(f"Pulumi.x.yaml, line {line}: ")
+    assert said in message
+    assert "\n" not in message
+
+
+def test_a_document_that_is_no_map_is_a_mistake() -> None:
+    with pytest.raises(SettingsError, match="x: it should be a list of keys and values"):
+        parse_cluster("- a\n", cluster="x", file="x")
+
+
+def test_several_mistakes_are_counted() -> None:
+    with pytest.raises(SettingsError, match=r"\(1 more\)$"):
+        parse_cluster(f"{HEAD}      prots: 1\n      hots: 2\n", cluster="x", file="x")
+
+
+def test_keys_of_others_are_none_of_our_business() -> None:
+    text = f"encryptionsalt: v1:abc\nsecretsprovider: passphrase\n{HEAD}  aws:region: eu\n  myapp:nodes: 3\n"
+    assert [node.id for node in parse_cluster(text, cluster="x", file="x").nodes] == ["a", "b"]
+
+
+def test_a_first_file_is_written_where_there_is_none(tmp_path: Path) -> None:
+    spec = read_cluster(tmp_path, cluster="x")
+    assert [node.id for node in spec.nodes] == ["local"]
+    text = path_of(tmp_path, cluster="x").read_text()
+    assert read_cluster(tmp_path, cluster="x") == spec
+    assert path_of(tmp_path, cluster="x").read_text() == text
+
+
+def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
+    path_of(tmp_path, cluster="x").write_bytes(b"config: \xff\n")
+    with pytest.raises(SettingsError, match=r"Pulumi\.x\.yaml can't be read: it is not UTF-8"):
+        read_cluster(tmp_path, cluster="x")
