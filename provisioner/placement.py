@@ -51,6 +51,13 @@ class Need:
     """The node that has its quick copy: taken while it fits, and no matter when not."""
     avoid: frozenset[str] = frozenset()
     """Nodes that will not do."""
+    memory_mib: int = field(init=False)
+    disk_mib: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Round once what is compared with every node."""
+        object.__setattr__(self, "memory_mib", to_mib(self.memory_gb))
+        object.__setattr__(self, "disk_mib", to_mib(self.disk_gb))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +98,7 @@ class Lack(Enum):
     PORTS = auto()
 
 
+_ACTIVE = Availability.ACTIVE
 _ROOM = frozenset({Lack.INSTANCES, Lack.MEMORY, Lack.CPU, Lack.DISK, Lack.DISK_FULL, Lack.PORTS})
 """What deleting an instance, or making one dormant, gives back."""
 
@@ -155,33 +163,30 @@ def find_lack(need: Need, *, node: NodeSpec, state: NodeState | None, limits: Li
     """Return why a node will not do, its ports aside; None for one that will."""
     if state is None or not state.online:
         return Found(Lack.OFFLINE)
-    if node.availability is not Availability.ACTIVE:
+    if node.availability is not _ACTIVE:
         return Found(Lack.CLOSED, what=node.availability.value)
     if node.id in need.avoid:
         return Found(Lack.AVOIDED)
-    for key, value in need.labels.items():
-        if node.labels.get(key, state.labels.get(key)) != value:
-            return Found(Lack.LABELS, what=f"{key}={value}")
+    if need.labels:
+        for key, value in need.labels.items():
+            if node.labels.get(key, state.labels.get(key)) != value:
+                return Found(Lack.LABELS, what=f"{key}={value}")
     if need.volume is not None and need.volume != node.volume:
         return Found(Lack.VOLUME)
     if state.instances >= node.max_instances:
         return Found(Lack.INSTANCES, node.max_instances)
     memory_mib = (state.memory_bytes or 0) / 2**20 * limits.memory - state.promised_memory_mib
-    if to_mib(need.memory_gb) > memory_mib:
+    if need.memory_mib > memory_mib:
         return Found(Lack.MEMORY, max(memory_mib / MIB_PER_GB, 0))
     has_cores = state.cpu_cores or 0  # Docker refuses to limit a container to more than there are
-    cores = min(has_cores * limits.cpu - state.promised_cpu_cores, has_cores)
-    if need.cpu_cores > cores:
-        return Found(Lack.CPU, max(cores, 0))
-    if state.disk_bytes is not None:
-        return _find_lack_of_disk(need, node=node, state=state, limits=limits)
-    return None
-
-
-def _find_lack_of_disk(need: Need, *, node: NodeSpec, state: NodeState, limits: Limits) -> Found | None:
-    disk_mib = (state.disk_bytes or 0) / 2**20
+    cores = has_cores * limits.cpu - state.promised_cpu_cores
+    if need.cpu_cores > cores or need.cpu_cores > has_cores:
+        return Found(Lack.CPU, max(min(cores, has_cores), 0))
+    if state.disk_bytes is None:
+        return None
+    disk_mib = state.disk_bytes / 2**20
     left_mib = disk_mib * limits.disk - state.promised_disk_mib
-    if node.volume == "docker" and to_mib(need.disk_gb) > left_mib:
+    if node.volume == "docker" and need.disk_mib > left_mib:
         return Found(Lack.DISK, max(left_mib / MIB_PER_GB, 0))
     if state.disk_percent is not None:
         free_gb = disk_mib * (1 - state.disk_percent / 100) / MIB_PER_GB
@@ -195,16 +200,14 @@ def score(need: Need, *, node: NodeSpec, state: NodeState, limits: Limits) -> fl
 
     Half of it is the share of what the node would run out of first, half the average of all shares.
     """
-    shares = [
-        (state.instances + 1) / node.max_instances,
-        (state.promised_memory_mib + need.memory_gb * MIB_PER_GB) / ((state.memory_bytes or 1) / 2**20 * limits.memory),
-        (state.promised_cpu_cores + need.cpu_cores) / ((state.cpu_cores or 1) * limits.cpu),
-    ]
-    if state.disk_bytes and node.volume == "docker":
-        promised_mib = state.promised_disk_mib + need.disk_gb * MIB_PER_GB
-        shares.append(promised_mib / (state.disk_bytes / 2**20 * limits.disk))
-    live = max(state.cpu_percent or 0, state.memory_percent or 0) / 100
-    return (max(shares) + sum(shares) / len(shares)) / 2 + LIVE_WEIGHT * live
+    instances = (state.instances + 1) / node.max_instances
+    memory = (state.promised_memory_mib + need.memory_mib) / ((state.memory_bytes or 1) / 2**20 * limits.memory)
+    cores = (state.promised_cpu_cores + need.cpu_cores) / ((state.cpu_cores or 1) * limits.cpu)
+    live = max(state.cpu_percent or 0, state.memory_percent or 0) / 100 * LIVE_WEIGHT
+    if not state.disk_bytes or node.volume != "docker":
+        return (max(instances, memory, cores) + (instances + memory + cores) / 3) / 2 + live
+    disk = (state.promised_disk_mib + need.disk_mib) / (state.disk_bytes / 2**20 * limits.disk)
+    return (max(instances, memory, cores, disk) + (instances + memory + cores + disk) / 4) / 2 + live
 
 
 def pick_ports(count: int, *, node: NodeSpec, taken: frozenset[int], port_free: PortProbe) -> tuple[int, ...] | None:

@@ -81,6 +81,7 @@ TRANSITIONS: dict[tuple[Status, Event], Status] = {
     (Status.FAILED, Event.DELETE): Status.FAILED,
     (Status.FAILED, Event.MOVE): Status.CREATING,
     (Status.FAILED, Event.READY): Status.RUNNING,
+    (Status.FAILED, Event.LOST): Status.CREATING,  # its repair was given up: what it still had is gone now
     (Status.CREATING, Event.ABANDON): Status.DORMANT,
     (Status.RUNNING, Event.ABANDON): Status.DORMANT,
     (Status.IDLE, Event.ABANDON): Status.DORMANT,

@@ -42,7 +42,7 @@ class NodeState(NamedTuple):
 
     id: str
     online: bool
-    labels: Mapping[str, str]
+    labels_json: str
     cpu_cores: float | None
     memory_bytes: int | None
     disk_bytes: int | None
@@ -55,6 +55,11 @@ class NodeState(NamedTuple):
     promised_cpu_cores: int = 0
     promised_disk_mib: int = 0
 
+    @property
+    def labels(self) -> Mapping[str, str]:
+        """Return its labels, read only when somebody asks."""
+        return _parse_labels(self.labels_json)
+
 
 class LoadReader:
     """Reads what nodes have and have promised, inside the transaction that decides on it."""
@@ -63,9 +68,8 @@ class LoadReader:
         self._connection = connection
 
     def nodes(self) -> list[NodeState]:
-        """Return every node, by id."""
-        rows = self._connection.execute(_STATES)
-        return [NodeState(row[0], row[1] == _ONLINE, _parse_labels(row[2]), *row[3:]) for row in rows]
+        """Return every node, in no order."""
+        return list(map(NodeState._make, self._connection.execute(_STATES)))
 
     def ports(self, node_id: str) -> frozenset[int]:
         """Return the ports that a node has promised."""
@@ -132,24 +136,19 @@ def _parse_labels(text: str) -> Mapping[str, str]:
 
 def _make_query() -> sa.Select[Any]:
     node, load = tables.nodes.c, tables.node_loads.c
-    return (
-        sa.select(
-            node.id,
-            node.status,
-            sa.cast(node.labels, sa.Text),  # most nodes have the same few: each is parsed once
-            node.cpu_cores,
-            node.memory_bytes,
-            node.disk_bytes,
-            node.disk_quota,
-            node.cpu_percent,
-            node.memory_percent,
-            node.disk_percent,
-            *(sa.func.coalesce(sums, 0) for sums in (load.instances, load.memory_mib, load.cpu_cores, load.disk_mib)),
-        )
-        .select_from(tables.nodes.outerjoin(tables.node_loads, load.node_id == node.id))
-        .order_by(node.id)
-    )
+    return sa.select(
+        node.id,
+        node.status == NodeStatus.ONLINE.value,
+        sa.cast(node.labels, sa.Text),
+        node.cpu_cores,
+        node.memory_bytes,
+        node.disk_bytes,
+        node.disk_quota,
+        node.cpu_percent,
+        node.memory_percent,
+        node.disk_percent,
+        *(sa.func.coalesce(sums, 0) for sums in (load.instances, load.memory_mib, load.cpu_cores, load.disk_mib)),
+    ).select_from(tables.nodes.outerjoin(tables.node_loads, load.node_id == node.id))
 
 
 _STATES = _make_query()
-_ONLINE = NodeStatus.ONLINE.value

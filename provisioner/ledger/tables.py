@@ -131,6 +131,7 @@ node_loads = Table(
     Column("memory_mib", BigInteger, nullable=False),
     Column("cpu_cores", Integer, nullable=False),
     Column("disk_mib", BigInteger, nullable=False),
+    sqlite_with_rowid=False,
 )
 
 events = Table(

@@ -27,7 +27,12 @@ def engine() -> Iterator[EngineProxy]:
 
 
 def settings_for(engine: EngineProxy) -> dict[str, Any]:
-    return {"node": {"host": engine.url}, "heartbeat_s": 0.3, "node_timeout_s": 1, "offline_after_misses": 2}
+    return {
+        "node": {"host": engine.url, "labels": {"zone": "b"}},
+        "heartbeat_s": 0.3,
+        "node_timeout_s": 1,
+        "offline_after_misses": 2,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +98,26 @@ def test_a_node_tells_what_it_has_and_how_much_of_it_is_used(service: Service, i
     assert instance["node_status"] == "online"
 
 
+def test_an_instance_goes_to_a_node_with_the_labels_that_it_asks_for(service: Service) -> None:
+    engine = service.docker.info()
+    arch = {"x86_64": "amd64", "aarch64": "arm64"}.get(engine["Architecture"], engine["Architecture"])
+    node = node_of(service)
+    assert node["labels"] == {"zone": "b", "arch": arch, "os": engine["OSType"]}
+    before = node["reserved"]
+
+    asked = {"zone": "b", "arch": arch}
+    created = service.create(config=SMALL, node_labels=asked, node_preference="local", node_strict=True)
+    assert (created["status"], created["node_id"], created["node_labels"]) == ("running", "local", asked)
+    reserved = node_of(service)["reserved"]
+    assert reserved["memory_gb"] - before["memory_gb"] == SMALL["memory_gb"]
+    assert service.delete(created["id"]).status_code == 200
+    assert node_of(service)["reserved"] == before
+
+    refused = service.http.post("/v2/instances", json={"config": SMALL, "node_labels": {"zone": "b", "gpu": "yes"}})
+    assert refused.status_code == 503
+    assert "node local: not labelled gpu=yes" in refused.json()["detail"]
+
+
 def test_heartbeats_follow_each_other(service: Service) -> None:
     def last() -> datetime:
         return datetime.fromisoformat(node_of(service)["last_heartbeat"])
@@ -136,6 +161,9 @@ def test_while_its_only_node_is_offline_a_create_is_refused_and_says_so(service:
         assert answer.json()["code"] == "insufficient_resources"
         assert "node local: offline" in answer.json()["detail"]
         assert int(answer.headers["Retry-After"]) > 0
+    strict = service.http.post("/v2/instances", json={"node_preference": "local", "node_strict": True})
+    assert strict.status_code == 503
+    assert "Node local has no room now (node local: offline)" in strict.json()["detail"]
     unknown = service.http.post("/v2/instances", json={"node_preference": "nowhere"})
     assert (unknown.status_code, unknown.json()["code"]) == (400, "unknown_node")
 

@@ -153,7 +153,9 @@ class World:
 
 
 def _revive(record: InstanceRecord, loads: LoadReader) -> Update:
-    return lifecycle.wish_revived(record, method="quick_start", node_id="local", ports=_free_ports(loads, node_id="local"))
+    return lifecycle.wish_revived(
+        record, method="quick_start", node_id="local", ports=_free_ports(loads, node_id="local")
+    )
 
 
 def _free_ports(loads: LoadReader, *, node_id: str) -> tuple[int, int]:

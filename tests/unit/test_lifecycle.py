@@ -172,6 +172,16 @@ def test_a_lost_container_is_wanted_again() -> None:
     assert lifecycle.wish_repaired(record, reason="gone") is None
 
 
+def test_what_is_lost_again_after_its_repair_was_given_up_is_repaired_again() -> None:
+    record = apply(make_record(), lifecycle.wish_repaired(make_record(), reason="gone"))
+    given_up = apply(
+        record, lifecycle.note_failed(record, generation=record.generation, error=DockerError("It is silent."))
+    )
+    assert (given_up.status, given_up.repair) == (Status.FAILED, True)
+    again = apply(given_up, lifecycle.wish_repaired(given_up, reason="gone again"))
+    assert (again.status, again.repair, again.error_code) == (Status.CREATING, True, None)
+
+
 def test_the_error_of_a_try_is_taken_back_when_a_later_one_succeeds() -> None:
     creating = make_record(status=Status.CREATING, applied_generation=0, settled_generation=0)
     retried = apply(creating, lifecycle.note_retry(creating, generation=1, error=DockerError("no"), delay_s=60))

@@ -66,7 +66,7 @@ def test_a_placement_sees_what_nodes_have_and_have_promised(tmp_path: Path) -> N
     ledger.nodes.observe("a", values={"status": NodeStatus.ONLINE, "cpu_cores": 4, "cpu_percent": 7.5})
     ledger.instances.create(lambda _: (make_record(node_id="a", memory_gb=0.0001, disk_gb=2), "made"))
     with ledger.instances.reader() as loads:
-        first, second = loads.nodes()
+        first, second = sorted(loads.nodes())
         assert loads.ports("a") == {21000, 21001}
         assert loads.ports("b") == frozenset()
     assert (first.id, first.online, first.cpu_cores, first.cpu_percent) == ("a", True, 4, 7.5)

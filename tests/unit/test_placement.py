@@ -28,7 +28,7 @@ def seen(
     known: dict[str, Any] = {
         "id": name,
         "online": True,
-        "labels": {"arch": "amd64", "os": "linux"},
+        "labels_json": '{"arch": "amd64", "os": "linux"}',
         "cpu_cores": 4,
         "memory_bytes": int(gib * GIB),
         "disk_bytes": None if disk_gib is None else int(disk_gib * GIB),

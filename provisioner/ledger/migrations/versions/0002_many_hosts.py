@@ -42,6 +42,7 @@ def _sum_up_loads() -> None:
         sa.Column("cpu_cores", sa.Integer(), nullable=False),
         sa.Column("disk_mib", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("node_id"),
+        sqlite_with_rowid=False,
     )
     instances = sa.table(
         "instances",
