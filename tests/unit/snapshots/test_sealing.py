@@ -43,8 +43,8 @@ def keys(tmp_path: Path) -> KeyFile:
 
 
 @pytest.fixture
-def scene(scene: Scene, keys: KeyFile) -> Scene:
-    return replace(scene, store=DirectoryStore(scene.store_root, sealing=Sealing(keys)))
+def sealing(keys: KeyFile) -> Sealing:
+    return Sealing(keys)
 
 
 def take(scene: Scene) -> Manifest:
