@@ -75,6 +75,12 @@ class SnapshotMissing(Conflict):
     code = "snapshot_missing"
 
 
+class SnapshotKeyMissing(Conflict):
+    """The key that a snapshot is, or is to be, encrypted with can't be had. Worth another try once it is back."""
+
+    code = "snapshot_key_missing"
+
+
 class ObjectStorageError(MachineuseError):
     """An S3 server refused, failed, or could not be reached."""
 

@@ -61,6 +61,11 @@ class Settings(BaseSettings):
     snapshot_store: str | None = None
     """A directory's path, by default `snapshots` in the data directory; or `s3://bucket/prefix?endpoint=…&region=…&sse=…`,
     with its keys where boto3 looks for them (AWS_ACCESS_KEY_ID, AWS_PROFILE, the machine's role)."""
+    snapshot_keys: str | None = None
+    """What snapshots are encrypted with: the path of a key file, or `aws-kms://<ARN>?file=…&endpoint=…` for one that a
+    KMS key encrypts (`file` is by default `snapshot-keys.json` in the data directory). None: they are not encrypted."""
+    snapshot_encrypted_only: bool = False
+    """Restore no snapshot that is not encrypted: without it, the store's owner can put such a one in place."""
 
     @model_validator(mode="after")
     def _resolve(self) -> Self:
@@ -92,6 +97,11 @@ class Settings(BaseSettings):
     def snapshots_dir(self) -> Path:
         """Return the directory of the snapshot store, where it is one."""
         return Path(self.snapshot_store).expanduser() if self.snapshot_store else self.data_dir / "snapshots"
+
+    @property
+    def snapshot_keys_path(self) -> Path:
+        """Return the key file of the snapshots, where none is named."""
+        return self.data_dir / "snapshot-keys.json"
 
     @property
     def bound_to_loopback(self) -> bool:

@@ -186,8 +186,11 @@ class DockerMachine:
                 try:
                     self._host.call(f"pause {container}", self._host.slow_api.pause, container)
                     code, output = run_inside(self._host, helper, _COPY_PAUSED)
+                    paused = self.inspect_container(container).paused
                 finally:
                     self.resume_container(container)
+                if not code and not paused:  # somebody stopped or resumed it: the copy may be torn
+                    raise DockerError(f"The container {container} went on while its home was copied.")
         if code == _OUT_OF_TIME:
             raise DockerError(
                 f"The volume {volumes.home} could not be copied within {MOST_PAUSED_S} s, and the browser is not held "

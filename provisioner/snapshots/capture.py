@@ -232,7 +232,7 @@ class Capture:
 
     def _verify(self) -> None:
         self._progress("reading the archive back")
-        self._manifest = self._build_manifest()
+        self._manifest = self._open_writer().sealer().seal_manifest(self._build_manifest())
         self._open_writer().verify(self._manifest)
 
     def _copy(self) -> None:
@@ -289,8 +289,9 @@ class Capture:
                 reported = time.monotonic()
                 self._progress(f"saving the {what}: {bytes_read / 1e6:.0f} MB")
 
-        with self._open_writer().part(name) as sink:
-            part = write_part(chunks, sink, name=name, progress=report)
+        writer = self._open_writer()
+        with writer.part(name) as sink:
+            part = write_part(chunks, sink, name=name, seal=writer.sealer().seal, progress=report)
         self._parts[name] = part
         self._progress(
             f"saved the {what}: {part.entries} entries, {part.uncompressed_bytes / 1e6:.1f} MB, "
@@ -351,7 +352,8 @@ class Capture:
             if self._writer is not None:
                 self._writer.abandon()
                 self._store.delete(self._request.snapshot)
-        self._remove_copy()
+        if self._writer is not None:  # else it may belong to a snapshot that is complete and only out of reach
+            self._remove_copy()
         cause = error.message if isinstance(error, MachineuseError) else f"The archive could not be read: {error}."
         detail = error.detail if isinstance(error, MachineuseError) else repr(error)
         resolution = error.resolution if isinstance(error, MachineuseError) else None

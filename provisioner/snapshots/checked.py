@@ -6,22 +6,28 @@ import contextlib
 import hashlib
 import json
 
-from pydantic import ValidationError
-
 from provisioner.errors import SnapshotCorrupt
 from provisioner.snapshots.manifest import FORMAT_VERSION, Manifest, Part, SnapshotId
+from provisioner.snapshots.sealing import Sealing, corrupt_part
 from provisioner.snapshots.tars import CHUNK_BYTES, Readable
 
 
-def parse_manifest(data: bytes, snapshot: SnapshotId, *, where: str) -> Manifest:
-    """Return the manifest that is stored there; raises `SnapshotCorrupt` when it is not one of this snapshot."""
+def parse_manifest(data: bytes, snapshot: SnapshotId, *, where: str, sealing: Sealing) -> Manifest:
+    """Return the manifest that is stored there.
+
+    Raises:
+        SnapshotCorrupt: it is not one of this snapshot, or not as it was sealed.
+        SnapshotKeyMissing: it was sealed with a key that we don't have.
+    """
     try:
-        manifest = Manifest.model_validate_json(data)
-    except ValidationError as error:
+        document = json.loads(data)
+        # From what the seal is compared with: a name that is there twice can't mean one thing here, another there.
+        manifest = Manifest.model_validate_json(json.dumps(document))
+    except ValueError as error:  # pydantic's is one too
         raise SnapshotCorrupt(_unreadable(snapshot, data), detail=f"{where}: {error}") from error
     if manifest.id != snapshot:
         raise SnapshotCorrupt(f"The manifest of snapshot {snapshot} belongs to {manifest.id}.", detail=where)
-    return manifest
+    return sealing.opener(manifest).open_manifest(manifest, document)
 
 
 class CheckedReader:
@@ -53,15 +59,6 @@ class CheckedReader:
 
     def _corrupt(self, detail: str) -> SnapshotCorrupt:
         return corrupt_part(self._part, self._snapshot, detail)
-
-
-def corrupt_part(part: Part, snapshot: SnapshotId, detail: str) -> SnapshotCorrupt:
-    """Return what to raise when a stored part is not what the manifest says."""
-    return SnapshotCorrupt(
-        f"The archive {part.name.value} of snapshot {snapshot} is damaged. It is kept; nothing was restored from it.",
-        detail=detail,
-        resolution="Restore it from a backup of the snapshot store, or delete the instance.",
-    )
 
 
 def _unreadable(snapshot: SnapshotId, data: bytes) -> str:

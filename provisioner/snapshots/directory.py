@@ -20,9 +20,10 @@ from typing import IO
 
 import structlog
 
-from provisioner.errors import SnapshotCorrupt, SnapshotFailed, SnapshotMissing
-from provisioner.snapshots.checked import CheckedReader, corrupt_part, parse_manifest
+from provisioner.errors import SnapshotCorrupt, SnapshotFailed, SnapshotKeyMissing, SnapshotMissing
+from provisioner.snapshots.checked import CheckedReader, parse_manifest
 from provisioner.snapshots.manifest import Manifest, Part, PartName, SnapshotId
+from provisioner.snapshots.sealing import Sealer, Sealing, corrupt_part
 from provisioner.snapshots.store import check_part
 from provisioner.snapshots.tars import Readable, Writable
 
@@ -34,15 +35,18 @@ _MANIFEST = "manifest.json"
 class DirectoryStore:
     """Keeps snapshots in a directory, which is made when the first one is written."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, sealing: Sealing | None = None) -> None:
         self._root = root
+        self._sealing = sealing or Sealing()
 
     def begin(self, snapshot: SnapshotId) -> DirectoryWriter:
         """Start a snapshot, removing what a crash left of an earlier attempt.
 
         Raises:
             SnapshotFailed: the snapshot is there already, or the directory can't be written.
+            SnapshotKeyMissing: it is to be encrypted and can't be.
         """
+        sealer = self._sealing.sealer(snapshot)
         directory = self._directory(snapshot)
         with _writing(self._root):
             _make_private(self._root)
@@ -51,7 +55,7 @@ class DirectoryStore:
             if (directory / _MANIFEST).exists():
                 raise SnapshotFailed(f"Snapshot {snapshot} exists already and is never overwritten.")
             _empty(directory)
-        return DirectoryWriter(self._root, directory, snapshot)
+        return DirectoryWriter(self._root, directory, snapshot, sealer)
 
     def read_manifest(self, snapshot: SnapshotId) -> Manifest:
         """Return a snapshot's manifest.
@@ -60,6 +64,7 @@ class DirectoryStore:
             SnapshotMissing: there is no such snapshot.
             SnapshotFailed: the store can't be read.
             SnapshotCorrupt: the manifest is not one of this snapshot.
+            SnapshotKeyMissing: it is encrypted with a key that we don't have.
         """
         path = self._directory(snapshot) / _MANIFEST
         try:
@@ -71,7 +76,7 @@ class DirectoryStore:
             raise SnapshotFailed(
                 f"Snapshot {snapshot} can't be read: {error.strerror}.", detail=str(error), resolution=_resolve(error)
             ) from error
-        return parse_manifest(data, snapshot, where=str(path))
+        return parse_manifest(data, snapshot, where=str(path), sealing=self._sealing)
 
     @contextmanager
     def open_part(self, manifest: Manifest, name: PartName) -> Iterator[Readable]:
@@ -79,13 +84,14 @@ class DirectoryStore:
 
         Raises:
             SnapshotCorrupt: the part is missing, or (from `read`) not what the manifest says.
+            SnapshotKeyMissing: it is encrypted with a key that we don't have.
         """
-        part = manifest.part(name)
+        part, opener = manifest.part(name), self._sealing.opener(manifest)
         path = self._directory(manifest.id) / name.value
         if part is None:
             raise SnapshotCorrupt(f"The manifest of snapshot {manifest.id} lists no {name.value}.")
         with _open_to_read(path, part, manifest.id) as file:
-            yield CheckedReader(file, part, snapshot=manifest.id)
+            yield opener.open(part, CheckedReader(file, part, snapshot=manifest.id))
 
     def list(self, instance_id: str) -> tuple[Manifest, ...]:
         """Return the whole snapshots of an instance, oldest generation first; unreadable ones are left out."""
@@ -97,7 +103,7 @@ class DirectoryStore:
                     manifests.append(self.read_manifest(snapshot))
                 except SnapshotMissing:
                     continue
-                except SnapshotCorrupt as error:
+                except (SnapshotCorrupt, SnapshotKeyMissing) as error:
                     log.warning("snapshot unreadable", snapshot=str(snapshot), detail=error.detail)
         return tuple(sorted(manifests, key=lambda manifest: manifest.generation))
 
@@ -144,10 +150,11 @@ class DirectoryStore:
 class DirectoryWriter:
     """One snapshot being written into a directory."""
 
-    def __init__(self, root: Path, directory: Path, snapshot: SnapshotId) -> None:
+    def __init__(self, root: Path, directory: Path, snapshot: SnapshotId, sealer: Sealer) -> None:
         self._root = root
         self._directory = directory
         self._snapshot = snapshot
+        self._sealer = sealer
         self._token = secrets.token_hex(4)
         self._verified: Manifest | None = None
 
@@ -160,6 +167,10 @@ class DirectoryWriter:
         with file:
             yield _WholeWrites(file, self._root)
 
+    def sealer(self) -> Sealer:
+        """Return what encrypts the parts and seals the manifest."""
+        return self._sealer
+
     def verify(self, manifest: Manifest) -> None:
         """Write the parts out to the disk and read them back from it; raises `SnapshotFailed`."""
         for part in manifest.parts:
@@ -168,7 +179,8 @@ class DirectoryWriter:
                 _sync(path, forget=True)
             try:
                 with _open_to_read(path, part, self._snapshot) as file:
-                    check_part(CheckedReader(file, part, snapshot=self._snapshot), part, snapshot=self._snapshot)
+                    checked = CheckedReader(file, part, snapshot=self._snapshot)
+                    check_part(self._sealer.open(part, checked), part, snapshot=self._snapshot)
             except SnapshotCorrupt as error:
                 raise SnapshotFailed(
                     f"What was written of snapshot {self._snapshot} can't be read back: {error.message}",

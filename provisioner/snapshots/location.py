@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, urlsplit
 
-from provisioner.errors import SettingsError
+from provisioner.errors import SettingsError, SnapshotKeyMissing
 
 if TYPE_CHECKING:
     from provisioner.settings import Settings
+    from provisioner.snapshots.keyfile import KeyFile
+    from provisioner.snapshots.sealing import Sealing
     from provisioner.snapshots.store import SnapshotStore
 
 _FORM = "It has the form s3://bucket/prefix?endpoint=https://host&region=name&sse=AES256."
@@ -82,6 +85,7 @@ def parse_s3_url(url: str) -> S3Location:
 
 def open_store(settings: Settings) -> SnapshotStore:
     """Return the store that the settings name, without talking to it; raises `SettingsError`."""
+    sealing = _open_sealing(settings)
     if settings.snapshot_store and "://" in settings.snapshot_store:
         if not settings.snapshot_store.startswith("s3://"):
             raise _wrong("is neither a directory nor begins with s3://")
@@ -89,10 +93,46 @@ def open_store(settings: Settings) -> SnapshotStore:
         from provisioner.snapshots.s3 import S3Store
 
         location = parse_s3_url(settings.snapshot_store)
-        return S3Store(Bucket(location), prefix=location.prefix)
+        return S3Store(Bucket(location), prefix=location.prefix, sealing=sealing)
     from provisioner.snapshots.directory import DirectoryStore
 
-    return DirectoryStore(settings.snapshots_dir)
+    return DirectoryStore(settings.snapshots_dir, sealing=sealing)
+
+
+def find_key_file(settings: Settings) -> KeyFile:
+    """Return the key file that the settings name, or the default one; it need not be there. Raises `SettingsError`."""
+    from provisioner.snapshots.keyfile import KeyFile
+
+    named = settings.snapshot_keys
+    if named is None:
+        return KeyFile(settings.snapshot_keys_path)
+    if "://" not in named:
+        return KeyFile(settings.project_dir / Path(named).expanduser())
+    if not named.startswith("aws-kms://"):
+        raise SettingsError(
+            "MACHINEUSE_SNAPSHOT_KEYS is neither a path nor begins with aws-kms://.",
+            resolution="`machineuse snapshots new-key` makes a key file.",
+        )
+    from provisioner.kms import KmsKey, parse_kms_url  # boto3 again
+
+    location = parse_kms_url(named)
+    path = settings.project_dir / Path(location.file).expanduser() if location.file else settings.snapshot_keys_path
+    return KeyFile(path, wrapping=KmsKey(location))
+
+
+def _open_sealing(settings: Settings) -> Sealing:
+    from provisioner.snapshots.sealing import Sealing
+
+    if settings.snapshot_keys is None:
+        if settings.snapshot_encrypted_only:
+            raise SettingsError("MACHINEUSE_SNAPSHOT_ENCRYPTED_ONLY is set, but not MACHINEUSE_SNAPSHOT_KEYS.")
+        return Sealing()
+    keys = find_key_file(settings)
+    try:
+        keys.check()
+    except SnapshotKeyMissing as error:  # at once, not at the first snapshot
+        raise SettingsError(error.message, detail=error.detail, resolution=error.resolution) from error
+    return Sealing(keys, sealed_only=settings.snapshot_encrypted_only)
 
 
 def _check_endpoint(endpoint: str | None) -> str | None:

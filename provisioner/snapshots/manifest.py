@@ -47,9 +47,9 @@ class Part(_Frozen):
 
     name: PartName
     bytes: int = Field(ge=0)
-    """Size as stored (compressed)."""
+    """Size as stored: compressed, and maybe encrypted."""
     sha256: str = Field(pattern=SHA256_PATTERN)
-    """Of the stored bytes."""
+    """Of the stored bytes: the encrypted ones where the snapshot is."""
     uncompressed_bytes: int = Field(ge=0)
     entries: int = Field(ge=0)
     """How many entries the tar has."""
@@ -61,6 +61,16 @@ class ImageIdentity(_Frozen):
     reference: str
     id: str
     """The engine's content address of the image, `sha256:…`."""
+
+
+class Encryption(_Frozen):
+    """How a snapshot is sealed; see `provisioner.snapshots.sealing`."""
+
+    scheme: Literal["tink-streaming-aead"] = "tink-streaming-aead"
+    key_id: int
+    """Of the key in the key file."""
+    seal: str
+    """Base64: what of the manifest is not readable, bound to what is."""
 
 
 class Manifest(_Frozen):
@@ -85,7 +95,9 @@ class Manifest(_Frozen):
     changed_paths: int = Field(ge=0)
     """How many paths above the image `rootfs.tar.zst` carries."""
     deleted_paths: tuple[str, ...] = ()
-    """Paths of the image that are gone."""
+    """Paths of the image that are gone. Not written where the seal has them."""
+    encryption: Encryption | None = None
+    """None where the parts are only compressed."""
 
     @property
     def id(self) -> SnapshotId:
@@ -111,5 +123,8 @@ class Manifest(_Frozen):
 
     def to_json(self) -> bytes:
         """Return the manifest as it is stored."""
-        new = set() if self.live else {"live"}  # what is as it always was is written as it always was
-        return self.model_dump_json(indent=2, exclude=new).encode() + b"\n"
+        # What is as it always was is written as it always was.
+        left_out = {"encryption"} if self.encryption is None else {"deleted_paths"}
+        if not self.live:
+            left_out.add("live")
+        return self.model_dump_json(indent=2, exclude=left_out).encode() + b"\n"

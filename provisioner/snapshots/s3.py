@@ -18,10 +18,18 @@ from datetime import UTC, datetime, timedelta
 
 import structlog
 
-from provisioner.errors import ObjectMissing, ObjectStorageError, SnapshotCorrupt, SnapshotFailed, SnapshotMissing
+from provisioner.errors import (
+    ObjectMissing,
+    ObjectStorageError,
+    SnapshotCorrupt,
+    SnapshotFailed,
+    SnapshotKeyMissing,
+    SnapshotMissing,
+)
 from provisioner.object_storage import Bucket, Upload
-from provisioner.snapshots.checked import CheckedReader, corrupt_part, parse_manifest
+from provisioner.snapshots.checked import CheckedReader, parse_manifest
 from provisioner.snapshots.manifest import ID_PATTERN, Manifest, Part, PartName, SnapshotId
+from provisioner.snapshots.sealing import Sealer, Sealing, corrupt_part
 from provisioner.snapshots.store import check_part
 from provisioner.snapshots.tars import Readable, Writable
 
@@ -36,8 +44,9 @@ _OURS = re.compile(
 class S3Store:
     """Keeps snapshots in a bucket, which has to exist."""
 
-    def __init__(self, bucket: Bucket, *, prefix: str = "") -> None:
+    def __init__(self, bucket: Bucket, *, prefix: str = "", sealing: Sealing | None = None) -> None:
         self._bucket = bucket
+        self._sealing = sealing or Sealing()
         self._prefix = f"{prefix}/" if prefix else ""
 
     def begin(self, snapshot: SnapshotId) -> S3Writer:
@@ -45,7 +54,9 @@ class S3Store:
 
         Raises:
             SnapshotFailed: the snapshot is there already, or the store can't be used.
+            SnapshotKeyMissing: it is to be encrypted and can't be.
         """
+        sealer = self._sealing.sealer(snapshot)
         prefix = self._key(snapshot, "")
         with _failing():
             self._abort_uploads(snapshot)  # first: what is completed after this can't be of an earlier attempt
@@ -56,7 +67,7 @@ class S3Store:
                 if prefix + name.value in keys:
                     self._bucket.delete(prefix + name.value)
             self._bucket.begin_upload(prefix + PartName.HOME.value).abort()  # before a browser is stopped for it
-        return S3Writer(self._bucket, prefix, snapshot)
+        return S3Writer(self._bucket, prefix, snapshot, sealer)
 
     def read_manifest(self, snapshot: SnapshotId) -> Manifest:
         """Return a snapshot's manifest.
@@ -64,6 +75,7 @@ class S3Store:
         Raises:
             SnapshotMissing: there is no such snapshot.
             SnapshotCorrupt: the manifest is not one of this snapshot.
+            SnapshotKeyMissing: it is encrypted with a key that we don't have.
             SnapshotFailed: the store can't be used.
         """
         key = self._key(snapshot, _MANIFEST)
@@ -72,7 +84,7 @@ class S3Store:
                 data = self._bucket.get(key)
             except ObjectMissing as error:
                 raise SnapshotMissing(f"There is no snapshot {snapshot}.", detail=error.detail) from error
-        return parse_manifest(data, snapshot, where=key)
+        return parse_manifest(data, snapshot, where=key, sealing=self._sealing)
 
     @contextmanager
     def open_part(self, manifest: Manifest, name: PartName) -> Iterator[Readable]:
@@ -80,13 +92,14 @@ class S3Store:
 
         Raises:
             SnapshotCorrupt: the part is missing, or (from `read`) not what the manifest says.
+            SnapshotKeyMissing: it is encrypted with a key that we don't have.
             SnapshotFailed: the store can't be used (also from `read`).
         """
-        part = manifest.part(name)
+        part, opener = manifest.part(name), self._sealing.opener(manifest)
         if part is None:
             raise SnapshotCorrupt(f"The manifest of snapshot {manifest.id} lists no {name.value}.")
         with _open_to_read(self._bucket, self._key(manifest.id, name.value), part, manifest.id) as reader:
-            yield reader
+            yield opener.open(part, reader)
 
     def list(self, instance_id: str) -> tuple[Manifest, ...]:
         """Return the whole snapshots of an instance, oldest generation first; unreadable ones are left out.
@@ -102,7 +115,7 @@ class S3Store:
                     manifests.append(self.read_manifest(snapshot))
                 except SnapshotMissing:
                     continue
-                except SnapshotCorrupt as error:
+                except (SnapshotCorrupt, SnapshotKeyMissing) as error:
                     log.warning("snapshot unreadable", snapshot=str(snapshot), detail=error.detail)
         return tuple(sorted(manifests, key=lambda manifest: manifest.generation))
 
@@ -169,10 +182,11 @@ class S3Store:
 class S3Writer:
     """One snapshot being written into a bucket."""
 
-    def __init__(self, bucket: Bucket, prefix: str, snapshot: SnapshotId) -> None:
+    def __init__(self, bucket: Bucket, prefix: str, snapshot: SnapshotId, sealer: Sealer) -> None:
         self._bucket = bucket
         self._prefix = prefix
         self._snapshot = snapshot
+        self._sealer = sealer
         self._uploads: dict[PartName, Upload] = {}
         self._verified: Manifest | None = None
 
@@ -189,12 +203,16 @@ class S3Writer:
         with _failing():
             upload.complete()
 
+    def sealer(self) -> Sealer:
+        """Return what encrypts the parts and seals the manifest."""
+        return self._sealer
+
     def verify(self, manifest: Manifest) -> None:
         """Read the parts back from the server; raises `SnapshotFailed`."""
         for part in manifest.parts:
             try:
                 with _open_to_read(self._bucket, self._prefix + part.name.value, part, self._snapshot) as reader:
-                    check_part(reader, part, snapshot=self._snapshot)
+                    check_part(self._sealer.open(part, reader), part, snapshot=self._snapshot)
             except SnapshotCorrupt as error:
                 raise SnapshotFailed(
                     f"What was written of snapshot {self._snapshot} can't be read back: {error.message}",

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from provisioner.errors import SnapshotCorrupt
 from provisioner.snapshots.manifest import Manifest, Part, PartName, SnapshotId
+from provisioner.snapshots.sealing import Sealer
 from provisioner.snapshots.tars import CHUNK_BYTES, Readable, Writable, inspect_tar
 
 
@@ -23,6 +24,10 @@ class SnapshotWriter(Protocol):
 
     def part(self, name: PartName) -> AbstractContextManager[Writable]:
         """Open a part for writing; opening it again starts it anew. Raises `SnapshotFailed` when it can't be kept."""
+        ...
+
+    def sealer(self) -> Sealer:
+        """Return what encrypts the parts (see `write_part`) and seals the manifest, where the store has keys."""
         ...
 
     def verify(self, manifest: Manifest) -> None:
@@ -42,15 +47,24 @@ class SnapshotStore(Protocol):
     """Keeps snapshots. Safe for several threads, as long as one snapshot has one writer."""
 
     def begin(self, snapshot: SnapshotId) -> SnapshotWriter:
-        """Start a snapshot, removing what a crash left of an earlier attempt. Raises `SnapshotFailed`."""
+        """Start a snapshot, removing what a crash left of an earlier attempt.
+
+        Raises `SnapshotFailed`, and `SnapshotKeyMissing` where it is to be encrypted and can't be.
+        """
         ...
 
     def read_manifest(self, snapshot: SnapshotId) -> Manifest:
-        """Return a snapshot's manifest; raises `SnapshotMissing`, or `SnapshotCorrupt` when it can't be read."""
+        """Return a snapshot's manifest.
+
+        Raises `SnapshotMissing`, `SnapshotCorrupt` when it can't be read, or `SnapshotKeyMissing`.
+        """
         ...
 
     def open_part(self, manifest: Manifest, name: PartName) -> AbstractContextManager[Readable]:
-        """Open a part for reading, checked against the manifest while it is read; the last read tells of a mismatch."""
+        """Open a part for reading, decrypted, and checked against the manifest while it is read.
+
+        Its last read tells of a mismatch.
+        """
         ...
 
     def list(self, instance_id: str) -> tuple[Manifest, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import IO, Protocol, cast
 
@@ -162,36 +163,50 @@ def _pax_records(data: bytes) -> dict[str, str]:
     return records
 
 
+class _Counted:
+    """A sink that hashes and counts what goes into it."""
+
+    def __init__(self, sink: Writable) -> None:
+        self._sink = sink
+        self.digest = hashlib.sha256()
+        self.bytes = 0
+
+    def write(self, data: bytes, /) -> int:
+        self._sink.write(data)
+        self.digest.update(data)
+        self.bytes += len(data)
+        return len(data)
+
+
 def write_part(
-    chunks: Iterable[bytes], sink: Writable, *, name: PartName, progress: Callable[[int], None] | None = None
+    chunks: Iterable[bytes],
+    sink: Writable,
+    *,
+    name: PartName,
+    seal: Callable[[PartName, Writable], AbstractContextManager[Writable]] = lambda _, sink: nullcontext(sink),
+    progress: Callable[[int], None] | None = None,
 ) -> Part:
     """Compress a tar stream into `sink`, hashing and counting on the way; return the part as the manifest lists it.
 
-    `progress` gets the number of bytes read so far after each chunk. Raises `TarBroken` when the stream is cut.
+    `seal` may encrypt what is compressed: it is the encrypted bytes that are hashed and counted. `progress` gets the
+    number of bytes read so far after each chunk. Raises `TarBroken` when the stream is cut.
     """
-    digest = hashlib.sha256()
-    stored = 0
     scanner = TarScanner()
     compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True).compressobj()
-
-    def put(data: bytes) -> None:
-        nonlocal stored
-        if data:
-            sink.write(data)
-            digest.update(data)
-            stored += len(data)
-
-    for chunk in chunks:
-        scanner.feed(chunk)
-        put(compressor.compress(chunk))
-        if progress:
-            progress(scanner.bytes)
-    check = scanner.finish()
-    put(compressor.flush())
+    stored = _Counted(sink)
+    with seal(name, stored) as sealed:
+        for chunk in chunks:
+            scanner.feed(chunk)
+            if data := compressor.compress(chunk):
+                sealed.write(data)
+            if progress:
+                progress(scanner.bytes)
+        check = scanner.finish()
+        sealed.write(compressor.flush())
     return Part(
         name=name,
-        bytes=stored,
-        sha256=digest.hexdigest(),
+        bytes=stored.bytes,
+        sha256=stored.digest.hexdigest(),
         uncompressed_bytes=check.uncompressed_bytes,
         entries=check.entries,
     )

@@ -11,6 +11,8 @@ import httpx
 import pytest
 from playwright.sync_api import Page, Playwright, sync_playwright
 
+from provisioner.docker_hosts import archives
+from provisioner.docker_hosts.hosts import DockerHost
 from provisioner.errors import DockerError, SnapshotFailed
 from provisioner.snapshots.capture import Capture
 from provisioner.snapshots.mark import Method
@@ -174,10 +176,28 @@ def test_cut_off_while_it_is_paused_it_runs_again(node: Node, error: BaseExcepti
     assert state_of(node) == RUNNING
 
 
+def test_a_container_that_somebody_resumes_meanwhile_is_not_captured(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node.run_body(script="echo kept > file")
+    run = archives.run_inside
+
+    def run_and_resume(host: DockerHost, helper: str, script: str) -> tuple[int, str]:
+        if "cp -a" in script:
+            host.slow_api.unpause(node.container)
+        return run(host, helper, script)
+
+    monkeypatch.setattr(archives, "run_inside", run_and_resume)
+    with pytest.raises(SnapshotFailed, match="went on while its home was copied"):
+        take_live(node).run()
+    assert state_of(node) == RUNNING
+    assert node.leftovers() == []
+
+
 def test_a_home_that_can_not_be_copied_leaves_the_container_running(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("provisioner.docker_hosts.archives.MOST_PAUSED_S", 0.001)
+    monkeypatch.setattr(archives, "MOST_PAUSED_S", 0.001)
     node.run_body(script="dd if=/dev/urandom of=large bs=1M count=64 2>/dev/null")
     with pytest.raises(SnapshotFailed, match=r"the instance goes on running.*is not held for longer"):
         take_live(node).run()

@@ -62,6 +62,7 @@ class Life:
         self.name = f"machineuse-test-{self.token}"
         self.body = True
         self.snapshots: tuple[int, ...] = ()
+        self.live = False
         self.restore: tuple[int, str] | None = None
         self.helper_image = BROWSER_IMAGE
         self.docker = docker_py.from_env()
@@ -88,6 +89,7 @@ class Life:
                 copy_volume=f"{self.name}-copy-{generation}",
                 helper_image=self.helper_image,
                 stop_timeout_s=5,
+                live=self.live,
             )
             self._keep(f"snapshot-{generation}", snapshot.quick_copy, snapshot.manifest_sha256, snapshot.bytes)
         if not self.body:
@@ -222,6 +224,26 @@ def test_an_instance_sleeps_as_a_snapshot_and_comes_back_as_it_was(life: Life, m
 
     assert ops(life.up()) == {}
     assert ops(life.stack.preview("--refresh")) == {}, "nothing is taken for drift"
+
+
+def test_a_live_snapshot_leaves_the_instance_running_and_is_there_when_that_is_gone(life: Life) -> None:
+    life.up()
+    life.execute(f"echo kept > {HOME}/file")
+    started = life.docker.containers.get(life.name).attrs["State"]["StartedAt"]
+    life.live, life.snapshots = True, (1,)
+    assert "had to be killed" not in life.up().text
+    assert life.running
+    assert life.docker.containers.get(life.name).attrs["State"]["StartedAt"] == started
+    assert life.outputs["snapshot-1"][0] is True
+    life.execute(f"echo lost > {HOME}/file")
+    assert ops(life.stack.preview("--refresh")) == {}
+
+    life.docker.containers.get(life.name).remove(force=True)
+    life.body = False
+    life.up()
+    life.body, life.restore = True, (1, "full_restore")
+    life.up()
+    assert life.execute(f"cat {HOME}/file") == "kept"
 
 
 def test_a_snapshot_is_not_replaced_because_the_world_around_it_changed(life: Life) -> None:

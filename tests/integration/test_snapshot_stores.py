@@ -1,4 +1,7 @@
-"""What every snapshot store must do, on a directory and on a bucket of a real S3 server; and what only a bucket can."""
+"""What every snapshot store must do, on a directory and on a bucket of a real S3 server; and what only a bucket can.
+
+With encryption and without.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from provisioner.errors import SettingsError, SnapshotCorrupt, SnapshotFailed, S
 from provisioner.object_storage import PART_BYTES, Bucket
 from provisioner.settings import Settings
 from provisioner.snapshots.capture import Capture
+from provisioner.snapshots.keyfile import KeyFile
 from provisioner.snapshots.location import open_store, parse_s3_url
 from provisioner.snapshots.manifest import ImageIdentity, Manifest, PartName, SnapshotId
 from provisioner.snapshots.mark import Method
@@ -68,12 +72,21 @@ class Scene:
     """Everything that is there: finished, unfinished."""
 
 
+@pytest.fixture(params=[False, True], ids=["plain", "encrypted"])
+def snapshot_keys(request: pytest.FixtureRequest, tmp_path: Path) -> str | None:
+    """Give what MACHINEUSE_SNAPSHOT_KEYS would be."""
+    if not request.param:
+        return None
+    KeyFile(tmp_path / "keys.json").create()
+    return str(tmp_path / "keys.json")
+
+
 @pytest.fixture(params=["directory", "s3"])
-def scene(request: pytest.FixtureRequest, tmp_path: Path) -> Scene:
+def scene(request: pytest.FixtureRequest, tmp_path: Path, snapshot_keys: str | None) -> Scene:
     if request.param == "directory":
         root = tmp_path / "store"
         return Scene(
-            open=lambda: open_store(Settings(snapshot_store=str(root))),
+            open=lambda: open_store(Settings(snapshot_store=str(root), snapshot_keys=snapshot_keys)),
             read=lambda key: (root / key).read_bytes(),
             write=lambda key, data: (root / key).write_bytes(data) and None,
             leftovers=lambda: [str(path) for path in root.rglob("*") if path.is_file()],
@@ -81,7 +94,7 @@ def scene(request: pytest.FixtureRequest, tmp_path: Path) -> Scene:
     server: S3Server = request.getfixturevalue("server")
     bucket: Bucket = request.getfixturevalue("bucket")
     return Scene(
-        open=lambda: open_store(Settings(snapshot_store=server.url("deep/store"))),
+        open=lambda: open_store(Settings(snapshot_store=server.url("deep/store"), snapshot_keys=snapshot_keys)),
         read=lambda key: bucket.get(f"deep/store/{key}"),
         write=lambda key, data: bucket.put(f"deep/store/{key}", data),
         leftovers=lambda: [each.key for each in (*bucket.list(""), *bucket.list_uploads(""))],
@@ -100,8 +113,8 @@ def make_tar(size: int) -> bytes:
 def write(store: SnapshotStore, generation: int = 1, *, size: int = 1000) -> tuple[SnapshotWriter, Manifest]:
     writer = store.begin(SnapshotId(instance_id="mu-1", generation=generation))
     with writer.part(PartName.HOME) as sink:
-        part = write_part([make_tar(size)], sink, name=PartName.HOME)
-    return writer, Manifest(
+        part = write_part([make_tar(size)], sink, name=PartName.HOME, seal=writer.sealer().seal)
+    manifest = Manifest(
         instance_id="mu-1",
         cluster="local",
         generation=generation,
@@ -115,6 +128,7 @@ def write(store: SnapshotStore, generation: int = 1, *, size: int = 1000) -> tup
         parts=(part,),
         changed_paths=0,
     )
+    return writer, writer.sealer().seal_manifest(manifest)
 
 
 def keep(store: SnapshotStore, generation: int = 1, *, size: int = 1000) -> Manifest:
@@ -160,8 +174,8 @@ def test_a_part_that_is_opened_again_is_written_anew(scene: Scene) -> None:
     store = scene.open()
     writer, manifest = write(store)
     with writer.part(PartName.HOME) as sink:
-        part = write_part([make_tar(10)], sink, name=PartName.HOME)
-    manifest = manifest.model_copy(update={"parts": (part,)})
+        part = write_part([make_tar(10)], sink, name=PartName.HOME, seal=writer.sealer().seal)
+    manifest = writer.sealer().seal_manifest(manifest.model_copy(update={"parts": (part,)}))
     writer.commit(manifest)
     verify_snapshot(store, manifest)
 
@@ -238,6 +252,13 @@ def test_snapshots_are_listed_oldest_first_and_deleted_for_good(scene: Scene) ->
     for generation in (10, 10, 9, 2):
         store.delete(SnapshotId(instance_id="mu-1", generation=generation))
     assert scene.leftovers() == []
+
+
+def test_what_is_stored_shows_what_was_archived_only_without_keys(scene: Scene, snapshot_keys: str | None) -> None:
+    keep(scene.open())
+    stored = scene.read(f"{SNAPSHOT}/{PartName.HOME.value}")
+    shown = stored.startswith(b"\x28\xb5\x2f\xfd") and b"machine/file" in stored
+    assert shown == (snapshot_keys is None)
 
 
 # -- what only a bucket can ------------------------------------------------------------------------------------------

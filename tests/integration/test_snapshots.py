@@ -378,6 +378,14 @@ def test_a_half_filled_copy_is_not_used(node: Node) -> None:
     assert result.fallback_reason == "The node has no complete copy of the snapshot."
 
 
+def test_a_copy_that_an_earlier_version_made_is_used(node: Node) -> None:
+    node.run_body(script="echo kept > file")
+    node.capture().run()
+    node.run(BROWSER_IMAGE, "mv", "/home-volume/machine", "/home-volume/home", volume=node.volumes.copy)
+    assert node.restore(Method.QUICK_START, f"{node.volumes.home}-2").method_used is Method.QUICK_START
+    assert node.content(f"{node.volumes.home}-2") == node.content(node.volumes.home)
+
+
 def test_without_a_copy_none_is_made_up(node: Node) -> None:
     node.run_body(script="echo kept > file")
     node.capture().run()

@@ -20,8 +20,9 @@ SOURCES = sorted(
 
 DOORS = {
     "docker": ["provisioner.docker_hosts"],
-    "boto3": ["provisioner.object_storage"],
-    "botocore": ["provisioner.object_storage"],
+    "boto3": ["provisioner.object_storage", "provisioner.kms"],
+    "botocore": ["provisioner.object_storage", "provisioner.kms"],
+    "tink": ["provisioner.snapshots.keyset"],
     "pulumi.automation": [
         "provisioner.engine",
         "provisioner.language_host",

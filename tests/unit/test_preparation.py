@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,10 +17,13 @@ from provisioner.cluster import Cluster
 from provisioner.converger import Work, plan
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.ledger import Ledger
+from provisioner.ledger.instances import Update
 from provisioner.ledger.records import InstanceRecord
 from provisioner.preparation import Preparation
 from provisioner.settings import Settings
+from provisioner.snapshots.capture import CaptureRequest
 from provisioner.snapshots.directory import DirectoryStore
+from provisioner.specs import spec_of
 from provisioner.states import Status
 from stacks.names import Names
 from stacks.spec import ClusterSpec
@@ -110,6 +114,29 @@ def test_the_next_step_waits_for_what_is_still_being_made_ahead(world: World) ->
     world.docker.may_go_on.set()
     until(lambda: world.preparation.prepare(world.work))
     assert len(world.docker.made) == 2
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_live_snapshot_is_captured_as_one(world: World, monkeypatch: pytest.MonkeyPatch, live: bool) -> None:
+    asked: list[bool] = []
+
+    class Taken:
+        def __init__(self, request: CaptureRequest, **_: Any) -> None:
+            asked.append(request.live)
+
+        def run(self) -> None:
+            pass
+
+    monkeypatch.setattr(preparation, "Capture", Taken)
+    world.ledger.instances.create(lambda _: (make_record(), "test"))
+    world.change(lambda r: lifecycle.wish_dormant(r, reason="test"))
+    pending = world.ledger.instances.get(ID).snapshot(2)
+    assert pending is not None
+    world.change(lambda _: Update(put_snapshots=(dataclasses.replace(pending, live=live),)))
+    until(lambda: world.preparation.prepare(world.work))
+    assert asked == [live]
+    (ref,) = (spec_of(world.ledger.instances.get(ID)) or pytest.fail("no spec")).snapshots
+    assert ref.live == live
 
 
 def test_nothing_is_made_ahead_for_a_wish_that_was_overtaken(world: World) -> None:

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from provisioner.docker_hosts.archives import DockerMachine
 from provisioner.docker_hosts.hosts import DockerHosts
-from provisioner.errors import NodeUnreachable, SnapshotCorrupt, SnapshotMissing, StillWanted
+from provisioner.errors import NodeUnreachable, SnapshotCorrupt, SnapshotKeyMissing, SnapshotMissing, StillWanted
 from provisioner.plugins.machineuse.inputs import SnapshotInputs, check, differ, parse
 from provisioner.plugins.policy import DeleteDecision, DeletePolicy
 from provisioner.plugins.resources import Call, Checked, Created, Difference, Found, ResourceType
@@ -84,13 +84,16 @@ class SnapshotType(ResourceType):
         return Created(id=str(wanted.snapshot), outputs=_outputs(inputs, result))
 
     def read(self, call: Call, *, id: str, inputs: Properties, outputs: Properties) -> Found | None:
-        """Say whether the snapshot is still in the store; a damaged one is: it is for people to decide about."""
+        """Say whether the snapshot is still in the store.
+
+        One that is damaged, or whose key is missing, is: it is for people to decide about.
+        """
         wanted = parse(SnapshotInputs, outputs | inputs)
         try:
             self._store.read_manifest(wanted.snapshot)
         except SnapshotMissing:
             return None
-        except SnapshotCorrupt as error:
+        except (SnapshotCorrupt, SnapshotKeyMissing) as error:
             call.warn(error.explain())
         return Found(id=id, inputs=inputs, outputs=outputs)
 

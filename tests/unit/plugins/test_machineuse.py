@@ -21,7 +21,9 @@ from provisioner.plugins.resources import Call
 from provisioner.plugins.sessions import Session
 from provisioner.plugins.values import UNKNOWN
 from provisioner.snapshots.directory import DirectoryStore
-from provisioner.snapshots.manifest import ImageIdentity, Manifest, PartName, SnapshotId
+from provisioner.snapshots.keyfile import KeyFile
+from provisioner.snapshots.manifest import ImageIdentity, Manifest, Part, PartName, SnapshotId
+from provisioner.snapshots.sealing import Sealing
 from provisioner.snapshots.tars import write_part
 
 DEAD_NODE = "tcp://127.0.0.1:1"
@@ -73,28 +75,49 @@ def store(tmp_path: Path) -> DirectoryStore:
     writer = store.begin(SNAPSHOT)
     with writer.part(PartName.HOME) as sink:
         part = write_part([bytes(1024)], sink, name=PartName.HOME)
-    writer.commit(
-        Manifest(
-            instance_id="mu-1",
-            cluster="local",
-            generation=2,
-            created_at=datetime(2026, 1, 1, tzinfo=UTC),
-            node_id="local",
-            image=ImageIdentity(reference="browser", id="sha256:1"),
-            home_path="/home/machine",
-            stopped_cleanly=True,
-            container_id="c",
-            run_started_at=None,
-            parts=(part,),
-            changed_paths=0,
-        )
-    )
+    writer.commit(make_manifest(part))
     return store
+
+
+def make_manifest(part: Part) -> Manifest:
+    return Manifest(
+        instance_id="mu-1",
+        cluster="local",
+        generation=2,
+        created_at=datetime(2026, 1, 1, tzinfo=UTC),
+        node_id="local",
+        image=ImageIdentity(reference="browser", id="sha256:1"),
+        home_path="/home/machine",
+        stopped_cleanly=True,
+        container_id="c",
+        run_started_at=None,
+        parts=(part,),
+        changed_paths=0,
+    )
 
 
 def snapshots(store: DirectoryStore, decision: DeleteDecision) -> tuple[SnapshotType, Policy]:
     policy = Policy(decision)
     return SnapshotType(store=store, hosts=DockerHosts(timeout_s=1), policy=policy), policy
+
+
+def test_what_was_recorded_before_snapshots_could_be_live_stays_as_it_is(store: DirectoryStore, call: Call) -> None:
+    kind, _ = snapshots(store, DeleteDecision(allowed=True))
+    news = kind.check(call, olds=INPUTS, news=INPUTS | {"live": False}).inputs
+    assert kind.check(call, olds={}, news=INPUTS).inputs == news
+    assert not kind.diff(call, id="mu-1/2", old_inputs=INPUTS, old_outputs=INPUTS, news=news).changes
+    assert kind.read(call, id="mu-1/2", inputs=INPUTS, outputs=INPUTS) is not None
+
+
+def test_a_snapshot_whose_key_is_missing_is_still_there(tmp_path: Path, call: Call) -> None:
+    keys = KeyFile(tmp_path / "keys.json")
+    keys.create()
+    writer = DirectoryStore(tmp_path / "store", sealing=Sealing(keys)).begin(SNAPSHOT)
+    with writer.part(PartName.HOME) as sink:
+        part = write_part([bytes(1024)], sink, name=PartName.HOME, seal=writer.sealer().seal)
+    writer.commit(writer.sealer().seal_manifest(make_manifest(part)))
+    kind, _ = snapshots(DirectoryStore(tmp_path / "store"), DeleteDecision(allowed=True))
+    assert kind.read(call, id="mu-1/2", inputs=INPUTS, outputs=INPUTS) is not None
 
 
 def test_a_snapshot_that_the_ledger_keeps_is_not_deleted(store: DirectoryStore, call: Call) -> None:

@@ -9,10 +9,12 @@ import pytest
 
 from provisioner.snapshots.capture import CaptureRequest
 from provisioner.snapshots.directory import DirectoryStore
+from provisioner.snapshots.keyfile import KeyFile
 from provisioner.snapshots.machine import Change, ChangeKind, Volumes
 from provisioner.snapshots.manifest import SnapshotId
 from provisioner.snapshots.mark import Method
 from provisioner.snapshots.restore import RestoreRequest
+from provisioner.snapshots.sealing import Sealing
 from tests.unit.snapshots.fakes import FakeMachine
 
 SNAPSHOT = SnapshotId(instance_id="mu-test", generation=3)
@@ -38,8 +40,21 @@ class Scene:
         return RestoreRequest(snapshot=SNAPSHOT, method=method, volumes=volumes, image="browser")
 
 
+PLAIN_AND_ENCRYPTED = pytest.mark.parametrize("sealing", ["plain", "encrypted"], indirect=True)
+"""Lets a test run on both kinds of store."""
+
+
 @pytest.fixture
-def scene(tmp_path: Path) -> Scene:
+def sealing(request: pytest.FixtureRequest, tmp_path: Path) -> Sealing:
+    if getattr(request, "param", "plain") == "plain":
+        return Sealing()
+    keys = KeyFile(tmp_path / "keys.json")
+    keys.create()
+    return Sealing(keys)
+
+
+@pytest.fixture
+def scene(tmp_path: Path, sealing: Sealing) -> Scene:
     machine = FakeMachine(tmp_path / "node")
     home = machine.add_volume("home")
     (home / "profile" / "Default").mkdir(parents=True)
@@ -70,4 +85,4 @@ def scene(tmp_path: Path) -> Scene:
         volumes=Volumes(home="home", copy="copy", home_path="/home/machine"),
         image="browser",
     )
-    return Scene(machine=machine, store=DirectoryStore(root), store_root=root, capture=request)
+    return Scene(machine=machine, store=DirectoryStore(root, sealing=sealing), store_root=root, capture=request)

@@ -15,7 +15,7 @@ from provisioner.snapshots.manifest import PartName
 from provisioner.snapshots.mark import Method
 from provisioner.snapshots.restore import restore
 from provisioner.snapshots.store import verify_snapshot
-from tests.unit.snapshots.conftest import SNAPSHOT, Scene
+from tests.unit.snapshots.conftest import PLAIN_AND_ENCRYPTED, SNAPSHOT, Scene
 from tests.unit.snapshots.fakes import Killed, Trouble, content
 
 CALLS = 40
@@ -73,6 +73,7 @@ def test_every_step_can_be_done_twice(scene: Scene) -> None:
     assert_whole(scene)
 
 
+@PLAIN_AND_ENCRYPTED
 @pytest.mark.parametrize("after", [False, True])
 def test_killed_at_any_call_it_succeeds_when_run_again(scene: Scene, after: bool) -> None:
     trouble = Trouble()

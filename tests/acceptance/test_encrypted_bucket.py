@@ -1,0 +1,104 @@
+"""A life of an instance whose snapshots are encrypted and kept in a bucket of a real S3 server, through the API."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from provisioner.object_storage import Bucket
+from provisioner.snapshots.keyfile import KeyFile
+from provisioner.snapshots.location import parse_s3_url
+from tests.conftest import StartService
+from tests.support.browsing import new_page
+from tests.support.s3_server import S3Server
+from tests.support.service import COMMAND, Service
+
+SMALL = {"memory_gb": 0.5, "cpu_cores": 1}
+PAGE = "http://visit.test/"
+SECRET = "very-secret-and-in-the-profile"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    server = S3Server(tmp_path_factory.mktemp("s3"))
+    server.start()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("AWS_PROFILE", raising=False)
+            for name, value in server.environment.items():
+                patch.setenv(name, value)
+            yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> KeyFile:
+    """Make a key file as an operator does."""
+    path = tmp_path_factory.mktemp("keys") / "keys.json"
+    made = subprocess.run(
+        [str(COMMAND), "snapshots", "new-key"],
+        env=os.environ | {"MACHINEUSE_SNAPSHOT_KEYS": str(path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert "without it they are lost" in made.stdout
+    assert path.stat().st_mode & 0o777 == 0o600
+    return KeyFile(path)
+
+
+def visit(service: Service, instance_id: str, script: str) -> object:
+    with new_page(service.get(instance_id)) as page:
+        page.route(f"{PAGE}**", lambda route: route.fulfill(body="<p>visit", content_type="text/html"))
+        page.goto(PAGE)
+        return page.evaluate(script)
+
+
+def test_a_profile_comes_back_from_a_bucket_that_can_not_read_it(
+    start_service: StartService, server: S3Server, keys: KeyFile
+) -> None:
+    service = start_service(
+        snapshot_store=server.url("deep/store"), snapshot_keys=str(keys.path), snapshot_encrypted_only="true"
+    )
+    instance_id = service.create(config=SMALL)["id"]
+    visit(service, instance_id, f"localStorage.setItem('visit', '{SECRET}')")
+    service.container(instance_id).exec_run(["sh", "-c", f"echo {SECRET} > /home/machine/{SECRET}"])
+
+    assert service.post(f"{instance_id}/dormant").json()["status"] == "dormant"
+
+    stored = {key: (server.root / "objects" / server.BUCKET / key).read_bytes() for key in server.objects()}
+    assert {Path(key).name for key in stored} >= {"home.tar.zst", "manifest.json"}
+    assert not any(SECRET.encode() in data or b"ustar" in data for data in stored.values())
+    (first,) = keys.load().ids
+    (manifest,) = (json.loads(data) for key, data in stored.items() if key.endswith("manifest.json"))
+    assert manifest["encryption"]["key_id"] == first
+
+    # What an operator does meanwhile: look after the stack, rotate the key, and try to drop one that is needed.
+    refreshed = service.pulumi("refresh", "--yes", "--skip-preview", "--stack", service.cluster)
+    assert refreshed.returncode == 0, refreshed.stdout + refreshed.stderr
+    assert "encrypted" not in refreshed.stdout
+    assert service.machineuse("snapshots", "rotate-key").returncode == 0
+    assert keys.load().ids[0] == first != keys.load().primary_id
+    refused = service.machineuse("snapshots", "drop-key", str(first))
+    assert f"Key {first} is still needed for 1 snapshots, {instance_id}/" in refused.stderr
+
+    service.stop()
+    service.start()
+    revived = service.post(f"{instance_id}/revive", method="full_restore")
+    assert revived.status_code == 200, revived.text
+    assert visit(service, instance_id, "localStorage.getItem('visit')") == SECRET
+    assert service.container(instance_id).exec_run(["cat", f"/home/machine/{SECRET}"]).output.strip() == SECRET.encode()
+
+    assert service.delete(instance_id).status_code == 200
+    bucket = Bucket(parse_s3_url(server.url()))
+    assert [each.key for each in (*bucket.list(""), *bucket.list_uploads(""))] == []
+    assert service.machineuse("snapshots", "drop-key", str(first)).returncode == 0
+    listed = service.machineuse("snapshots", "keys").stdout
+    assert listed == f"{keys.load().primary_id} (encrypts new snapshots)\n"
