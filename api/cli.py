@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from provisioner.errors import MachineuseError, SettingsError
+from api.node_cli import app as nodes
+from api.options import ClusterOption, DataDirOption, read_settings
+from provisioner.errors import MachineuseError
 
 if TYPE_CHECKING:
     from provisioner.settings import Settings
@@ -23,21 +24,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-DataDir = Annotated[
-    Path | None, typer.Option("--data-dir", help="Where everything is kept [default: .machineuse in the checkout].")
-]
-Cluster = Annotated[str | None, typer.Option("--cluster", help="Which Pulumi.<cluster>.yaml [default: local].")]
+app.add_typer(nodes, name="node")
 
 
 @app.command()
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to serve on [default: 127.0.0.1].")] = None,
     port: Annotated[int | None, typer.Option(help="Port to serve on; 0 takes a free one [default: 8000].")] = None,
-    data_dir: DataDir = None,
-    cluster: Cluster = None,
+    data_dir: DataDirOption = None,
+    cluster: ClusterOption = None,
 ) -> None:
     """Serve the REST API and keep the cluster as it is wanted."""
-    settings = _read_settings(host=host, port=port, data_dir=data_dir, cluster=cluster)
+    settings = read_settings(host=host, port=port, data_dir=data_dir, cluster=cluster)
     from api.serve import serve as run
 
     run(settings)
@@ -52,9 +50,9 @@ def setup(tests: Annotated[bool, typer.Option(help="Also what the tests need.")]
 
 
 @app.command()
-def env(data_dir: DataDir = None, cluster: Cluster = None) -> None:
+def env(data_dir: DataDirOption = None, cluster: ClusterOption = None) -> None:
     """Print what makes a plain `pulumi` work on the cluster: eval "$(machineuse env)"."""
-    for name, value in _pulumi_environment(_read_settings(data_dir=data_dir, cluster=cluster)).items():
+    for name, value in _pulumi_environment(read_settings(data_dir=data_dir, cluster=cluster)).items():
         typer.echo(f"export {name}={shlex.quote(value)}")
 
 
@@ -63,7 +61,7 @@ def pulumi(context: typer.Context) -> None:
     """Run the Pulumi CLI on the cluster: `machineuse pulumi preview`."""
     from provisioner.toolchain import require_pulumi
 
-    settings = _read_settings()
+    settings = read_settings()
     environment = os.environ | _pulumi_environment(settings)
     os.chdir(settings.project_dir)
     cli = str(require_pulumi())
@@ -71,14 +69,14 @@ def pulumi(context: typer.Context) -> None:
 
 
 @app.command()
-def instances(data_dir: DataDir = None, cluster: Cluster = None) -> None:
+def instances(data_dir: DataDirOption = None, cluster: ClusterOption = None) -> None:
     """List the instances that the ledger knows, whether the service runs or not."""
     from rich.console import Console
     from rich.table import Table
 
     from provisioner.ledger import Ledger
 
-    settings = _read_settings(data_dir=data_dir, cluster=cluster)
+    settings = read_settings(data_dir=data_dir, cluster=cluster)
     ledger = Ledger.open(settings.ledger_path)
     try:
         records = ledger.instances.all()
@@ -111,29 +109,6 @@ def main() -> None:
         detail = f"\n{error.detail}" if error.detail else ""
         print(f"machineuse: {error.explain()}{detail}", file=sys.stderr)  # noqa: T201
         sys.exit(1)
-
-
-def _read_settings(**given: Any) -> Settings:
-    """Build the settings from the environment and the given options."""
-    from pydantic import ValidationError
-    from pydantic_settings.exceptions import SettingsError as Unreadable
-
-    from provisioner.settings import Settings
-
-    options = {name: value for name, value in given.items() if value is not None}
-    if "data_dir" in options:
-        options["data_dir"] = options["data_dir"].expanduser().absolute()  # a shell's path, not the checkout's
-    try:
-        return Settings(**options)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        name = "_".join(str(part) for part in problem["loc"]).upper()
-        raise SettingsError(f"MACHINEUSE_{name}: {problem['msg']}.") from error
-    except Unreadable as error:
-        raise SettingsError(
-            f"A setting can't be read: {error}.",
-            resolution="""Lists are written as JSON: MACHINEUSE_TOKENS='["<a long secret>"]'.""",
-        ) from error
 
 
 def _pulumi_environment(settings: Settings) -> dict[str, str]:

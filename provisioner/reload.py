@@ -305,7 +305,8 @@ class _Retry:
     """When something that did not work is tried again: later each time."""
 
     def __init__(self) -> None:
-        self.forget()
+        self._at = 0.0
+        self._pause_s = LOOK_EVERY_S
 
     def is_due(self) -> bool:
         return time.monotonic() >= self._at
