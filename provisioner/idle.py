@@ -15,7 +15,7 @@ from provisioner import lifecycle
 from provisioner.browser_status import Ask, agent_url, ask_all
 from provisioner.changes import Changes
 from provisioner.cluster import Cluster
-from provisioner.errors import Conflict, NotFound
+from provisioner.errors import Conflict, NotFound, SnapshotFailed
 from provisioner.ledger import Ledger
 from provisioner.ledger.instances import LoadReader, Update
 from provisioner.ledger.records import InstanceRecord, NodeStatus
@@ -98,7 +98,8 @@ class IdleWatch:
         minutes = record.idle_timeout_minutes
         try:
             self._service.make_dormant(record.id, reason=f"idle for {minutes} minute{'s' if minutes != 1 else ''}")
-        except (Conflict, NotFound) as error:
-            log.debug("not made dormant", instance=record.id, error=error.message)  # somebody was quicker
+        except (Conflict, NotFound, SnapshotFailed) as error:
+            # Somebody was quicker, or its node has gone.
+            log.debug("not made dormant", instance=record.id, error=error.message)
         else:
             log.info("idle: to be made dormant", instance=record.id, minutes=minutes)

@@ -284,6 +284,7 @@ class Preparation:
                     home_path=HOME_PATH,
                 ),
                 image=record.image,
+                live=live is not None,
                 stop_timeout_s=self._settings.stop_timeout_s,
                 labels=labels_of(
                     cluster=self._cluster.name,

@@ -5,12 +5,15 @@ home volume, which stays. A container or volume with our labels whose instance t
 state, is an orphan: it is removed when the ledger's events say that the instance was deleted, and only told of when
 they don't (an older ledger was put back, say): that may be somebody's profile. Neither is believed at first sight: both
 must be seen in two looks in a row, and the ledger is asked once more in the transaction, or right before the removal.
+
+A paused container is not lost. It is one that a live snapshot was being taken of when the service died, or its node
+went away: it is resumed, unless that snapshot is still pending, for then its next attempt does so.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -20,7 +23,7 @@ from provisioner import lifecycle
 from provisioner.changes import Changes
 from provisioner.cluster import Cluster
 from provisioner.docker_hosts.archives import DockerMachine
-from provisioner.docker_hosts.containers import remove_container
+from provisioner.docker_hosts.containers import remove_container, resume_container
 from provisioner.docker_hosts.helpers import remove_helpers
 from provisioner.docker_hosts.hosts import DockerHost, DockerHosts
 from provisioner.docker_hosts.inventory import ListedContainer, list_containers, list_volumes
@@ -28,7 +31,7 @@ from provisioner.docker_hosts.volumes import remove_volume
 from provisioner.errors import DockerError, NotFound
 from provisioner.health import MOST_NODES_AT_ONCE
 from provisioner.ledger import Ledger
-from provisioner.ledger.records import InstanceRecord, NodeStatus
+from provisioner.ledger.records import InstanceRecord, NodeStatus, SnapshotState
 from provisioner.lifecycle import DELETED
 from provisioner.snapshots.machine import RESTORED_REPOSITORY
 from provisioner.states import UP, Wanted
@@ -43,6 +46,7 @@ VOLUMES_EVERY_STEPS = 6
 """Listing volumes costs an engine more than listing containers, and what is left there is in nobody's way."""
 
 _STOPPED = frozenset({"created", "exited", "dead", "removing"})
+_PAUSED = "paused"
 _CONTAINER, _VOLUME = "container", "volume"
 
 Seen = TypeVar("Seen", bound=Hashable)
@@ -71,6 +75,7 @@ class Repair:
         self._changes = changes
         self._names = Names(cluster.name)
         self._lost: defaultdict[str, Sightings] = defaultdict(Sightings)
+        self._paused: defaultdict[str, Sightings] = defaultdict(Sightings)
         self._orphans: defaultdict[tuple[str, str], Sightings] = defaultdict(Sightings)
         self._strangers: set[tuple[str, str]] = set()
         self._steps = 0
@@ -104,6 +109,7 @@ class Repair:
             )
             records = {record.id: record for record in self._ledger.instances.all()}
             self._find_lost(node, containers, records.values())
+            self._resume_paused(node, host, containers, records)
             owners = [(c.instance_id, c.name) for c in containers]
             self._remove_orphans(node, host, kind=_CONTAINER, owners=owners, known=records.keys())
             if volumes is not None:
@@ -142,6 +148,22 @@ class Repair:
             log.warning("container lost", instance=instance_id, reason=reason)
             self._changes.notify(instance_id)
             self._changes.work.set()
+
+    def _resume_paused(
+        self,
+        node: NodeSpec,
+        host: DockerHost,
+        containers: Iterable[ListedContainer],
+        records: Mapping[str, InstanceRecord],
+    ) -> None:
+        paused = [each.name for each in containers if each.state == _PAUSED and _may_resume(records, each)]
+        for name in self._paused[node.id].see(paused):
+            try:
+                resume_container(host, name)
+            except DockerError as error:
+                log.warning("container not resumed", node=node.id, container=name, error=error.message)
+                continue
+            log.warning("container resumed", node=node.id, container=name)
 
     # ---- orphans and leftovers
 
@@ -212,6 +234,15 @@ class Repair:
                 continue
             log.info("leftover removed", node=node.id, name=leftover.name)
             self._ledger.leftovers.remove(leftover.id)
+
+
+def _may_resume(records: Mapping[str, InstanceRecord], container: ListedContainer) -> bool:
+    record = records.get(container.instance_id or "")
+    return (
+        record is not None
+        and _should_run(record)
+        and not any(each.state is SnapshotState.PENDING for each in record.snapshots)
+    )
 
 
 def _should_run(record: InstanceRecord) -> bool:

@@ -102,8 +102,18 @@ class InstanceService:
         return self._woken(self._ledger.instances.create(draft))
 
     def make_dormant(self, instance_id: str, *, reason: str = "asked for by a caller") -> InstanceRecord:
-        """Want the instance dormant. Raises NotFound and Conflict."""
-        return self._wish(instance_id, lambda record, _: lifecycle.wish_dormant(record, reason=reason))
+        """Want the instance dormant. Raises NotFound, Conflict, and SnapshotFailed where its node is offline."""
+
+        def decide(record: InstanceRecord, _: LoadReader) -> Update | None:
+            update = lifecycle.wish_dormant(record, reason=reason)
+            if update is not None and self._is_offline(record.node_id) and record.moving is None:
+                raise SnapshotFailed(
+                    f"Node {record.node_id} does not answer, so no snapshot of instance {record.id} can be taken now.",
+                    resolution="Retry once its node is online; the instance stays as it is.",
+                )
+            return update
+
+        return self._wish(instance_id, decide)
 
     def revive(self, instance_id: str, *, method: str) -> InstanceRecord:
         """Want a dormant instance back. Raises NotFound, Conflict and NoCapacity."""
@@ -130,7 +140,7 @@ class InstanceService:
         """Want an instance of a lost node given back elsewhere, if there is a place. Raises NotFound and NoCapacity."""
 
         def decide(record: InstanceRecord, loads: LoadReader) -> Update | None:
-            if self._ledger.nodes.get(record.node_id).status is not NodeStatus.OFFLINE:
+            if not self._is_offline(record.node_id):
                 return None  # it is back
             self._place(self._need_again(record, avoid={record.node_id}), loads=loads)
             return lifecycle.wish_moved(record, away_s=away_s)
@@ -154,6 +164,9 @@ class InstanceService:
             )
 
         return self._wish(instance_id, decide)
+
+    def _is_offline(self, node_id: str) -> bool:
+        return any(node.id == node_id and node.status is NodeStatus.OFFLINE for node in self._ledger.nodes.list())
 
     def _need_again(self, record: InstanceRecord, *, avoid: Collection[str] = ()) -> Need:
         """Return what an instance that exists needs of a node. Where something of it is left over, it can't go: that

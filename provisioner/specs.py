@@ -18,7 +18,7 @@ def spec_of(record: InstanceRecord) -> InstanceSpec | None:
     if record.wanted is Wanted.ABSENT:
         return None
     refs = {
-        s.generation: SnapshotRef(instance_id=record.id, generation=s.generation, node_id=s.node_id)
+        s.generation: SnapshotRef(instance_id=record.id, generation=s.generation, node_id=s.node_id, live=s.live)
         for s in record.snapshots
         if s.generation not in record.obsolete_snapshots
     }

@@ -162,6 +162,7 @@ class Instance(pulumi.ComponentResource):
             copy_volume=self._names.docker_copy(spec.id, ref.generation),
             helper_image=self._cluster.helper_image,
             stop_timeout_s=STOP_TIMEOUT_S,
+            live=ref.live,
             opts=pulumi.ResourceOptions(parent=self),
         )
 

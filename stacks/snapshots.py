@@ -23,7 +23,10 @@ class _Resource(pulumi.CustomResource):
 
 
 class Snapshot(_Resource):
-    """A verified snapshot of an instance. Creating it stops the instance's container and leaves it stopped."""
+    """A verified snapshot of an instance.
+
+    Creating it stops the instance's container and leaves it stopped, unless it is `live`: then it goes on running.
+    """
 
     bytes: pulumi.Output[int]
     """Size in the store."""
@@ -53,6 +56,7 @@ class Snapshot(_Resource):
         copy_volume: pulumi.Input[str],
         helper_image: pulumi.Input[str],
         stop_timeout_s: pulumi.Input[int],
+        live: pulumi.Input[bool] = False,
         opts: pulumi.ResourceOptions | None = None,
     ) -> None:
         inputs = {
@@ -69,6 +73,7 @@ class Snapshot(_Resource):
             "copy_volume": copy_volume,
             "helper_image": helper_image,
             "stop_timeout_s": stop_timeout_s,
+            "live": live,
         }
         outputs = (
             "bytes",

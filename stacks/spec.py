@@ -134,6 +134,8 @@ class SnapshotRef(Spec):
     generation: int
     node_id: str
     """The node that it was taken on, and that keeps the quick copy."""
+    live: bool = False
+    """Taken while the instance ran, and went on running."""
 
 
 class RestoreSpec(Spec):

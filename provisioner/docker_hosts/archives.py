@@ -1,8 +1,9 @@
 """Moves files in and out of containers, volumes and images: what snapshots need of a Docker engine.
 
-Archives go through the engine's own archive calls, on containers that don't run: a node needs nothing but its Docker
-engine, and no archive is ever in memory as a whole. What has to happen inside a volume (copying it, emptying it) is
-done by a short script in a helper container.
+Archives go through the engine's own archive calls: a node needs nothing but its Docker engine, and no archive is ever
+in memory as a whole. A home is read from a container that does not run, be it the stopped instance or a helper that
+holds a copy. What has to happen inside a volume (copying it, emptying it) is done by a short script in a helper
+container.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any
 
 from docker.errors import APIError
 
-from provisioner.docker_hosts.helpers import HELPER_LABEL, helper_container, run_helper
+from provisioner.docker_hosts.containers import resume_container
+from provisioner.docker_hosts.helpers import HELPER_LABEL, helper_container, run_helper, run_inside
 from provisioner.docker_hosts.hosts import DockerHost
 from provisioner.docker_hosts.layers import pack_context, pack_file
 from provisioner.docker_hosts.volumes import remove_volume
@@ -36,14 +38,27 @@ _SMALL_BYTES = 64 << 10
 _RECORD_BYTES = 64 << 20
 _KILLED = 137
 _NO_COPY = 3
+_OUT_OF_TIME = 124
+MOST_PAUSED_S = 60
+"""How long a container is paused at most for its home to be copied."""
+_HELPER_LIFE_S = 600
+"""When a helper that a crash left ends by itself."""
 
 # The number of entries is printed first: it is what the archive of the same directory is compared with.
 _COPY = r"""
 set -eu
-rm -rf "/to/$STAMP_NAME" /to/home
+rm -rf "/to/$STAMP_NAME" /to/home "/to/$HOME_NAME"
 find /from ! -type s -print0 | tr -dc '\0' | wc -c
-mkdir /to/home
-cp -a /from/. /to/home/
+mkdir "/to/$HOME_NAME"
+cp -a /from/. "/to/$HOME_NAME/"
+printf %s "$STAMP" > "/to/$STAMP_NAME"
+"""
+# The same in three: what can be done before and after is not done while the container is paused.
+_CLEAR_COPY = 'rm -rf "/to/$STAMP_NAME" /to/home "/to/$HOME_NAME" && mkdir "/to/$HOME_NAME"'
+_COPY_PAUSED = 'timeout "$MOST_S" cp -a /from/. "/to/$HOME_NAME/"'
+_STAMP_COPY = r"""
+set -eu
+find "/to/$HOME_NAME" ! -type s -print0 | tr -dc '\0' | wc -c
 printf %s "$STAMP" > "/to/$STAMP_NAME"
 """
 _FILL = r"""
@@ -51,7 +66,9 @@ set -eu
 [ -f "/from/$STAMP_NAME" ] || { echo "The node has no complete copy of the snapshot."; exit 3; }
 [ "$(cat "/from/$STAMP_NAME")" = "$STAMP" ] || { echo "The node's copy is not of this snapshot."; exit 3; }
 find /to -mindepth 1 -delete
-cp -a /from/home/. /to/
+home="/from/$HOME_NAME"
+[ -d "$home" ] || home=/from/home  # as copies were made before
+cp -a "$home/." /to/
 find /to \( -name SingletonLock -o -name SingletonCookie -o -name SingletonSocket \) ! -type d -delete
 printf %s "$MARK" > "/to/$MARK_NAME"
 """
@@ -81,18 +98,21 @@ class DockerMachine:
             stopped_cleanly=state["ExitCode"] != _KILLED and not state["OOMKilled"],
             image=ImageIdentity(reference=found["Config"]["Image"], id=found["Image"]),
             mounts=tuple(mount["Destination"] for mount in found["Mounts"]),
+            paused=state["Paused"],
         )
 
     def stop_container(self, container: str, *, timeout_s: int) -> None:
         """Stop a container by its image's stop signal, and kill it after `timeout_s`. Idempotent."""
-        found = self._host.call(f"inspect {container}", self._host.api.inspect_container, container)
-        if found["State"]["Paused"]:
-            self._host.call(f"unpause {container}", self._host.slow_api.unpause, container)
+        self.resume_container(container)
         self._host.call(f"stop {container}", self._host.slow_api.stop, container, timeout=timeout_s)
 
     def start_container(self, container: str) -> None:
         """Start a container. Idempotent."""
         self._host.call(f"start {container}", self._host.slow_api.start, container)
+
+    def resume_container(self, container: str) -> None:
+        """Let a paused container go on. Idempotent; one that does not run is left as it is."""
+        resume_container(self._host, container)
 
     @contextmanager
     def read_path(self, container: str, path: str) -> Iterator[Iterator[bytes]]:
@@ -135,10 +155,67 @@ class DockerMachine:
             _COPY,
             mounts={"/from": volumes.home, "/to": volumes.copy},
             read_only=("/from",),
-            environment={"STAMP": stamp, "STAMP_NAME": _STAMP},
+            environment={"STAMP": stamp, **_names(volumes)},
         )
         if code:
             raise DockerError(f"The volume {volumes.home} could not be copied: {_last_line(output)}", detail=output)
+        return int(output.split()[0])
+
+    def copy_running(self, container: str, volumes: Volumes, *, labels: Mapping[str, str]) -> None:
+        """Copy the home volume of a running container to the copy volume, replacing what is in it; no stamp yet.
+
+        The container is paused meanwhile, and resumed whatever happens. A copy that takes too long is broken off.
+        """
+        self._check_volume(volumes.home)
+        self._host.call(
+            f"create the volume {volumes.copy}", self._host.api.create_volume, volumes.copy, labels=dict(labels)
+        )
+        with helper_container(
+            self._host,
+            image=self._helper_image,
+            volume=volumes.home,
+            mounts={"/from": volumes.home, "/to": volumes.copy},
+            read_only=("/from",),
+            command=("sleep", str(_HELPER_LIFE_S)),
+            environment={"MOST_S": str(MOST_PAUSED_S), **_names(volumes)},
+            labels=self._labels,
+        ) as helper:
+            self._host.call(f"start {helper}", self._host.slow_api.start, helper)
+            code, output = run_inside(self._host, helper, _CLEAR_COPY)
+            if not code:
+                try:
+                    self._host.call(f"pause {container}", self._host.slow_api.pause, container)
+                    code, output = run_inside(self._host, helper, _COPY_PAUSED)
+                finally:
+                    self.resume_container(container)
+        if code == _OUT_OF_TIME:
+            raise DockerError(
+                f"The volume {volumes.home} could not be copied within {MOST_PAUSED_S} s, and the browser is not held "
+                "for longer.",
+                detail=output,
+                resolution="Make the instance dormant for a snapshot, or remove large files from its home directory.",
+            )
+        if code:
+            raise DockerError(f"The volume {volumes.home} could not be copied: {_last_line(output)}", detail=output)
+
+    @contextmanager
+    def read_copy(self, volumes: Volumes) -> Iterator[Iterator[bytes]]:
+        """Stream a tar of the home in a copy volume, as `read_path` would stream the home it was copied from."""
+        self._check_volume(volumes.copy)
+        with (
+            self._helper(volumes.copy, mounts={"/from": volumes.copy}) as helper,
+            self.read_path(helper, f"/from/{_home_name(volumes)}") as chunks,
+        ):
+            yield chunks
+
+    def stamp_copy(self, volumes: Volumes, *, stamp: str) -> int:
+        """Put `stamp` on what `copy_running` has copied; return how many entries (sockets aside) that has."""
+        self._check_volume(volumes.copy)
+        code, output = self._run(
+            volumes, _STAMP_COPY, mounts={"/to": volumes.copy}, environment={"STAMP": stamp, **_names(volumes)}
+        )
+        if code:
+            raise DockerError(f"The volume {volumes.copy} could not be stamped: {_last_line(output)}", detail=output)
         return int(output.split()[0])
 
     def read_stamp(self, copy: str) -> str | None:
@@ -187,7 +264,7 @@ class DockerMachine:
             _FILL,
             mounts={"/from": volumes.copy, "/to": volumes.home},
             read_only=("/from",),
-            environment={"STAMP": stamp, "STAMP_NAME": _STAMP, "MARK": mark, "MARK_NAME": MARK_NAME},
+            environment={"STAMP": stamp, "MARK": mark, "MARK_NAME": MARK_NAME, **_names(volumes)},
         )
         if code == _NO_COPY:
             return _last_line(output)
@@ -198,7 +275,7 @@ class DockerMachine:
     def write_home(self, volumes: Volumes, chunks: Iterator[bytes], *, mark: str, locks: Sequence[str]) -> None:
         """Empty the home volume, unpack a tar made by `read_path`, remove `locks` (relative to home), leave `mark`."""
         self._check_volume(volumes.home)
-        name = PurePosixPath(volumes.home_path).name
+        name = _home_name(volumes)
         if not self._is_empty(volumes):
             self._change(volumes, _EMPTY)
         with self._helper(volumes.home, mounts={f"/to/{name}": volumes.home}) as helper:
@@ -335,6 +412,14 @@ class DockerMachine:
                 return _only_file(chunks, limit=_SMALL_BYTES).decode(errors="replace")
         except (DockerNotFound, tarfile.TarError):
             return None
+
+
+def _home_name(volumes: Volumes) -> str:
+    return PurePosixPath(volumes.home_path).name
+
+
+def _names(volumes: Volumes) -> dict[str, str]:
+    return {"STAMP_NAME": _STAMP, "HOME_NAME": _home_name(volumes)}
 
 
 def _only_file(chunks: Iterable[bytes], *, limit: int) -> bytes:

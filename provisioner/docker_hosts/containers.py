@@ -46,6 +46,14 @@ def stop_container(host: DockerHost, container: str, *, timeout_s: int) -> None:
         return
 
 
+def resume_container(host: DockerHost, container: str) -> None:
+    """Let a paused container go on; one that is not paused is a success. Raises `DockerNotFound` among others."""
+    host.check_alive()
+    found = host.call(f"inspect container {container}", host.api.inspect_container, container)
+    if found["State"]["Paused"]:
+        host.call(f"unpause container {container}", host.work_api.unpause, container)
+
+
 def kill_container(host: DockerHost, container: str) -> None:
     """Kill a container; one that is gone or stopped already is a success."""
     with host.errors(f"kill container {container}"):

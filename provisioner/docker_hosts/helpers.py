@@ -91,6 +91,15 @@ def run_helper(host: DockerHost, script: str, *arguments: str, **helper: Any) ->
         return code, output.decode(errors="replace")
 
 
+def run_inside(host: DockerHost, container: str, script: str) -> tuple[int, str]:
+    """Run a shell script in a helper that runs already; return its exit code and its output."""
+    what = f"run a script in {container}"
+    created = host.call(what, host.slow_api.exec_create, container, ["/bin/sh", "-c", script])
+    output = host.call(what, host.slow_api.exec_start, created["Id"])
+    code = host.call(what, host.slow_api.exec_inspect, created["Id"])["ExitCode"]
+    return -1 if code is None else code, output.decode(errors="replace")
+
+
 def remove_helpers(host: DockerHost, volume: str) -> None:
     """Remove the helper containers that hold a volume. Idempotent."""
     found = host.call(

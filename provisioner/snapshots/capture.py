@@ -8,10 +8,20 @@
     copy      the node's own copy of the home volume, for a quick start; the one step that may fail
     commit    the manifest is put in place: from now on there is a snapshot
 
-Any other failure removes what was written, starts the container again and raises `SnapshotFailed`. After a crash the
+A live snapshot is of an instance that goes on running, and its home is read from the copy:
+
+    prepare   as above; what a crash left paused goes on
+    copy      the container is paused while the node copies its home volume, and resumed whatever happens
+    home      the archive of that copy
+    changes   what the container changed above its image, while it runs: read again if it changes under the reader
+    verify    as above
+    stamp     the copy is known to be of that archive from now on
+    commit    as above
+
+Any other failure removes what was written, lets the container run again and raises `SnapshotFailed`. After a crash the
 same capture is simply run again: `prepare` throws away what the crash left, or finds the snapshot complete. A snapshot
-that is complete while its container has been started since is out of date, and taken anew. One that an instance has
-been revived from (or from a later one) can't be taken any more: asking for it disturbs nobody.
+that is complete while its container has been started since is out of date, and taken anew; a live one never is. One
+that an instance has been revived from (or from a later one) can't be taken any more: asking for it disturbs nobody.
 """
 
 from __future__ import annotations
@@ -43,6 +53,8 @@ from provisioner.snapshots.tars import TarBroken, write_part
 log = structlog.get_logger(__name__)
 
 PROGRESS_EVERY_S = 1.0
+LIVE_ATTEMPTS = 3
+"""How often the changes of a running container are read until none of them changes while it is read."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,8 @@ class CaptureRequest:
     volumes: Volumes
     image: str
     """The image reference that the instance was asked to run; recorded, and used to restore."""
+    live: bool = False
+    """Let the instance go on running. What its browser had not written to the disk yet is not in the snapshot."""
     stop_timeout_s: int = 10
     labels: dict[str, str] = field(default_factory=dict)
     """For the copy volume and helper containers."""
@@ -107,6 +121,16 @@ class Capture:
     @property
     def steps(self) -> tuple[Step, ...]:
         """Return what is done, in this order."""
+        if self._request.live:
+            return (
+                Step("prepare", self._prepare),
+                Step("copy", self._copy_running),
+                Step("home", self._capture_home),
+                Step("changes", self._capture_changes),
+                Step("verify", self._verify),
+                Step("stamp", self._stamp),
+                Step("commit", self._commit),
+            )
         return (
             Step("prepare", self._prepare),
             Step("stop", self._stop),
@@ -121,7 +145,7 @@ class Capture:
         """Take the snapshot, or return the one that an earlier attempt completed.
 
         Raises:
-            SnapshotFailed: no snapshot was taken; the container has been started again, or `message` says why not.
+            SnapshotFailed: no snapshot was taken; the container runs again, or `message` says why not.
         """
         started = time.monotonic()
         try:
@@ -152,7 +176,11 @@ class Capture:
 
     def _prepare(self) -> None:
         self._facts = self._machine.inspect_container(self._request.container)
+        if self._request.live and self._facts.paused:
+            self._machine.resume_container(self._request.container)
         self._refuse_past()
+        if self._request.live and not self._facts.running:
+            raise SnapshotFailed(f"The container {self._request.container} does not run.")
         self._parts.clear()
         self._writer = self._store.begin(self._request.snapshot)
 
@@ -163,12 +191,31 @@ class Capture:
         if not self._facts.stopped_cleanly:
             self._progress(f"the container had to be killed after {self._request.stop_timeout_s} s")
 
+    def _copy_running(self) -> None:
+        request = self._request
+        self._progress("copying the home volume while the browser is paused")
+        self._machine.copy_running(request.container, request.volumes, labels=request.labels)
+
     def _capture_home(self) -> None:
-        path = self._request.volumes.home_path
-        with self._machine.read_path(self._request.container, path) as chunks:
+        request = self._request
+        reading = (
+            self._machine.read_copy(request.volumes)
+            if request.live
+            else self._machine.read_path(request.container, request.volumes.home_path)
+        )
+        with reading as chunks:
             self._write_part(PartName.HOME, chunks, what="home directory")
 
     def _capture_changes(self) -> None:
+        for left in reversed(range(LIVE_ATTEMPTS if self._request.live else 1)):
+            try:
+                return self._try_changes()
+            except (TarBroken, tarfile.TarError) as error:  # a file grew or shrank while it was read
+                if not left:
+                    raise
+                self._progress(f"the changes above the image changed: {error}; reading them again")
+
+    def _try_changes(self) -> None:
         facts = self._known_facts()
         self._parts.pop(PartName.ROOTFS, None)
         self._changed_paths = 0
@@ -202,12 +249,20 @@ class Capture:
             log.warning("quick copy failed", snapshot=str(manifest.id), error=error.message, detail=error.detail)
             self._remove_copy()
             return
-        if entries != manifest.home.entries:
+        self._compare(entries)
+        self._copied = True
+
+    def _stamp(self) -> None:
+        self._compare(self._machine.stamp_copy(self._request.volumes, stamp=self._verified_manifest().home.sha256))
+        self._copied, self._copy_error = True, None
+
+    def _compare(self, entries: int) -> None:
+        archived = self._verified_manifest().home.entries
+        if entries != archived:
             raise SnapshotFailed(
-                f"The archive of the home directory has {manifest.home.entries} entries, the directory {entries}.",
+                f"The archive of the home directory has {archived} entries, the directory {entries}.",
                 resolution="Look into the Docker engine's log for files that it could not read.",
             )
-        self._copied = True
 
     def _commit(self) -> None:
         self._open_writer().commit(self._verified_manifest())
@@ -254,7 +309,8 @@ class Capture:
             node_id=request.node_id,
             image=ImageIdentity(reference=request.image, id=self._record.original.id),
             home_path=request.volumes.home_path,
-            stopped_cleanly=facts.stopped_cleanly,
+            live=request.live,
+            stopped_cleanly=facts.stopped_cleanly and not request.live,
             container_id=facts.id,
             run_started_at=facts.started_at,
             parts=tuple(self._parts[name] for name in PartName if name in self._parts),
@@ -263,7 +319,10 @@ class Capture:
         )
 
     def _find_completed(self) -> CaptureResult | None:
-        """Return the snapshot if an earlier attempt completed it; remove it if the instance has run since."""
+        """Return the snapshot if an earlier attempt completed it; remove it if the instance has run since.
+
+        An instance is meant to run after a live snapshot. But that is none to sleep on.
+        """
         snapshot = self._request.snapshot
         try:
             manifest = self._store.read_manifest(snapshot)
@@ -272,7 +331,8 @@ class Capture:
         with contextlib.suppress(DockerNotFound):  # a container that is gone has not run since
             facts = self._machine.inspect_container(self._request.container)
             # Another container is a later life of the instance: then this is an old snapshot, asked for once more.
-            if facts.id == manifest.container_id and facts.started_at != manifest.run_started_at:
+            has_run = not self._request.live if manifest.live else facts.started_at != manifest.run_started_at
+            if facts.id == manifest.container_id and has_run:
                 log.warning("snapshot out of date", snapshot=str(snapshot))
                 self._store.delete(snapshot)
                 return None
@@ -286,7 +346,7 @@ class Capture:
         return self._result()
 
     def _give_up(self, error: Exception) -> SnapshotFailed:
-        """Leave nothing behind, start the container again, and return what to raise."""
+        """Leave nothing behind, let the container run again, and return what to raise."""
         with contextlib.suppress(MachineuseError):
             if self._writer is not None:
                 self._writer.abandon()
@@ -295,11 +355,16 @@ class Capture:
         cause = error.message if isinstance(error, MachineuseError) else f"The archive could not be read: {error}."
         detail = error.detail if isinstance(error, MachineuseError) else repr(error)
         resolution = error.resolution if isinstance(error, MachineuseError) else None
+        live = self._request.live
         try:
-            self._machine.start_container(self._request.container)
+            if live:
+                self._machine.resume_container(self._request.container)
+            else:
+                self._machine.start_container(self._request.container)
         except MachineuseError as start_error:
+            what = "could not be resumed" if live else "could not be started again"
             return SnapshotFailed(
-                f"No snapshot was taken: {cause} The instance could not be started again: {start_error.message}",
+                f"No snapshot was taken: {cause} The instance {what}: {start_error.message}",
                 detail=f"{detail}; start: {start_error.detail}",
                 resolution=resolution or start_error.resolution,
             )

@@ -50,6 +50,8 @@ class ContainerFacts:
     image: ImageIdentity
     """The image it was created from, as it was named then."""
     mounts: tuple[str, ...]
+    paused: bool = False
+    """Frozen; it counts as running all the same."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,10 @@ class Machine(Protocol):
         """Start a container. Idempotent."""
         ...
 
+    def resume_container(self, container: str) -> None:
+        """Let a paused container go on. Idempotent; one that does not run is left as it is."""
+        ...
+
     def read_path(self, container: str, path: str) -> AbstractContextManager[Iterator[bytes]]:
         """Stream a tar of a path: entries start with its last component. Raises `DockerNotFound`."""
         ...
@@ -112,6 +118,21 @@ class Machine(Protocol):
 
         Returns how many entries (sockets aside) the home volume has.
         """
+        ...
+
+    def copy_running(self, container: str, volumes: Volumes, *, labels: Mapping[str, str]) -> None:
+        """Copy the home volume of a running container to the copy volume, replacing what is in it; no stamp yet.
+
+        The container is paused meanwhile, and resumed whatever happens. A copy that takes too long is broken off.
+        """
+        ...
+
+    def read_copy(self, volumes: Volumes) -> AbstractContextManager[Iterator[bytes]]:
+        """Stream a tar of the home in a copy volume, as `read_path` would stream the home it was copied from."""
+        ...
+
+    def stamp_copy(self, volumes: Volumes, *, stamp: str) -> int:
+        """Put `stamp` on what `copy_running` has copied; return how many entries (sockets aside) that has."""
         ...
 
     def read_stamp(self, copy: str) -> str | None:

@@ -74,6 +74,8 @@ class Manifest(_Frozen):
     node_id: str
     image: ImageIdentity
     home_path: str
+    live: bool = False
+    """Taken while the container ran: `stopped_cleanly` is False, and some 30 s of its profile may be missing."""
     stopped_cleanly: bool
     """False when the container had to be killed: the last seconds of its profile may be missing."""
     container_id: str
@@ -109,4 +111,5 @@ class Manifest(_Frozen):
 
     def to_json(self) -> bytes:
         """Return the manifest as it is stored."""
-        return self.model_dump_json(indent=2).encode() + b"\n"
+        new = set() if self.live else {"live"}  # what is as it always was is written as it always was
+        return self.model_dump_json(indent=2, exclude=new).encode() + b"\n"

@@ -16,7 +16,8 @@ import pytest
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.errors import NodeUnreachable
 from provisioner.health import NodeHealth
-from provisioner.ledger.records import NodeStatus
+from provisioner.ledger.instances import Update
+from provisioner.ledger.records import NodeStatus, SnapshotRecord, SnapshotState
 from provisioner.readiness import Readiness
 from provisioner.repair import Repair
 from provisioner.states import Status, Wanted
@@ -249,6 +250,32 @@ def test_a_lost_container_is_to_be_made_again_once_it_was_missed_twice(watched: 
     repair.step()
     assert len(watched.events("lost")) == 2
     repair.close()
+
+
+def test_a_container_that_was_left_paused_goes_on_unless_its_snapshot_is_still_to_be_taken(watched: Watched) -> None:
+    left, pending = (watched.add() for _ in range(2))
+    snapshot = SnapshotRecord(
+        instance_id=pending.id,
+        generation=1,
+        node_id="local",
+        state=SnapshotState.PENDING,
+        bytes=None,
+        created_at=0.0,
+        live=True,
+    )
+    watched.ledger.instances.change(pending.id, lambda _, __: Update(put_snapshots=(snapshot,)))
+    containers = [watched.run(record, command=SLEEPER) for record in (left, pending)]
+    for container in containers:
+        container.pause()
+    NodeHealth(watched.ledger, settings=watched.settings, **watched.parts()).beat_once()
+    repair = Repair(watched.ledger, **watched.parts())
+    for states in (["paused", "paused"], ["running", "paused"], ["running", "paused"]):
+        repair.step()
+        for container in containers:
+            container.reload()
+        assert [container.status for container in containers] == states
+    repair.close()
+    assert watched.events("lost") == []
 
 
 def test_only_what_the_ledger_knows_to_be_deleted_is_removed_as_an_orphan(watched: Watched) -> None:

@@ -37,6 +37,7 @@ class SnapshotInputs(Inputs):
     copy_volume: str
     helper_image: str
     stop_timeout_s: int = Field(default=10, ge=0)
+    live: bool = False
 
     @property
     def snapshot(self) -> SnapshotId:

@@ -63,6 +63,7 @@ class SnapshotType(ResourceType):
                 container=wanted.container,
                 volumes=Volumes(home=wanted.volume, copy=wanted.copy_volume, home_path=wanted.home_path),
                 image=wanted.image,
+                live=wanted.live,
                 stop_timeout_s=wanted.stop_timeout_s,
                 labels=labels_of(
                     cluster=wanted.cluster,
@@ -78,7 +79,7 @@ class SnapshotType(ResourceType):
         ).run()
         if result.copy_error is not None:
             call.warn(f"Snapshot {wanted.snapshot} is whole, but the node kept no quick copy: {result.copy_error}")
-        if not result.manifest.stopped_cleanly:
+        if not result.manifest.stopped_cleanly and not result.manifest.live:
             call.warn("The browser had to be killed: the last seconds of its profile may be missing in the snapshot.")
         return Created(id=str(wanted.snapshot), outputs=_outputs(inputs, result))
 

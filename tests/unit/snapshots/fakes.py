@@ -32,6 +32,8 @@ class FakeContainer:
     image: ImageIdentity
     id: str = "container-1"
     running: bool = True
+    paused: bool = False
+    pauses: int = 0
     starts: int = 1
     changes: list[Change] = field(default_factory=list)
 
@@ -44,6 +46,8 @@ class FakeMachine:
         self.containers: dict[str, FakeContainer] = {}
         self.images: dict[str, dict[str, Any]] = {IMAGE_ID: {}, "browser": {}}
         self.exports = 0
+        self.while_paused: Callable[[], None] = lambda: None
+        """Happens when a container has just been paused: may raise, as a process that dies."""
 
     # set-up for tests
 
@@ -72,10 +76,12 @@ class FakeMachine:
             stopped_cleanly=True,
             image=found.image,
             mounts=("/home/machine",),
+            paused=found.paused,
         )
 
     def stop_container(self, container: str, *, timeout_s: int) -> None:
-        self._container(container).running = False
+        found = self._container(container)
+        found.running = found.paused = False
 
     def start_container(self, container: str) -> None:
         found = self._container(container)
@@ -83,11 +89,15 @@ class FakeMachine:
             found.running = True
             found.starts += 1
 
+    def resume_container(self, container: str) -> None:
+        self._container(container).paused = False
+
     @contextmanager
     def read_path(self, container: str, path: str) -> Iterator[Iterator[bytes]]:
         found = self._container(container)
-        assert not found.running, "read while it runs"
-        source = self.volume(found.volume) if path == "/home/machine" else found.root / path.lstrip("/")
+        home = path == "/home/machine"
+        assert not (home and found.running), "the home is read while it changes"
+        source = self.volume(found.volume) if home else found.root / path.lstrip("/")
         if not source.exists():
             raise DockerNotFound(f"no {path}")
         yield iter(_pack(source, Path(path).name))
@@ -108,12 +118,31 @@ class FakeMachine:
         return self.images[image]["files"][path]
 
     def make_copy(self, volumes: Volumes, *, stamp: str, labels: Mapping[str, str]) -> int:
+        self._fill_copy(volumes)
+        return self.stamp_copy(volumes, stamp=stamp)
+
+    def copy_running(self, container: str, volumes: Volumes, *, labels: Mapping[str, str]) -> None:
+        found = self._container(container)
+        assert found.running, "only what runs can be paused"
+        found.pauses += 1
+        found.paused = True
+        self.while_paused()
+        self._fill_copy(volumes)
+        found.paused = False
+
+    @contextmanager
+    def read_copy(self, volumes: Volumes) -> Iterator[Iterator[bytes]]:
+        yield iter(_pack(self.volume(volumes.copy) / "home", Path(volumes.home_path).name))
+
+    def stamp_copy(self, volumes: Volumes, *, stamp: str) -> int:
+        (self.volume(volumes.copy) / ".complete").write_text(stamp)
+        return sum(1 for _ in (self.volume(volumes.copy) / "home").rglob("*")) + 1
+
+    def _fill_copy(self, volumes: Volumes) -> None:
         target = self.add_volume(volumes.copy)
         (target / ".complete").unlink(missing_ok=True)
         shutil.rmtree(target / "home", ignore_errors=True)
         shutil.copytree(self.volume(volumes.home), target / "home", symlinks=True)
-        (target / ".complete").write_text(stamp)
-        return sum(1 for _ in self.volume(volumes.home).rglob("*")) + 1
 
     def read_stamp(self, copy: str) -> str | None:
         stamp = self.volume(copy) / ".complete"
