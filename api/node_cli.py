@@ -282,7 +282,7 @@ def _ask_engine(settings: Settings, node: NodeSpec | None) -> str:
     from provisioner.docker_hosts.hosts import DockerHosts
 
     assert node is not None
-    hosts = DockerHosts(timeout_s=settings.node_timeout_s)
+    hosts = DockerHosts(base_dir=settings.project_dir, timeout_s=settings.node_timeout_s)
     try:
         info = hosts.of(node).info()
     finally:

@@ -58,7 +58,7 @@ class ControlPlane:
         self.cluster = Cluster(read_cluster(settings.project_dir, cluster=settings.cluster))
         self.ledger = Ledger.create(settings.ledger_path)
         self.changes = Changes()
-        self.hosts = DockerHosts(timeout_s=settings.node_timeout_s)
+        self.hosts = DockerHosts(base_dir=settings.project_dir, timeout_s=settings.node_timeout_s)
         self._reload = Reload(
             self.ledger, cluster=self.cluster, settings=settings, hosts=self.hosts, changes=self.changes
         )

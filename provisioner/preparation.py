@@ -39,6 +39,7 @@ from provisioner.snapshots.machine import Volumes
 from provisioner.snapshots.manifest import SnapshotId
 from provisioner.snapshots.store import SnapshotStore
 from provisioner.specs import spec_of
+from stacks.cluster import provider_arguments
 from stacks.instance import container_arguments, volume_arguments
 from stacks.names import Names
 from stacks.spec import HOME_PATH, NodeSpec
@@ -178,7 +179,7 @@ class Preparation:
                 (self._names.volume_urn(record.id), volume),
                 (self._names.container_urn(record.id), container),
             ):
-                self._docker.create_ahead(urn, config={"host": node.host}, news=_as_inputs(arguments))
+                self._docker.create_ahead(urn, config=_as_inputs(provider_arguments(node)), news=_as_inputs(arguments))
         except MachineuseError as error:
             log.debug("not started ahead", instance=record.id, error=error.message)  # the update meets it, and tells
 

@@ -7,6 +7,7 @@ Nothing here changes anything on a node. `outcome` waits for what becomes of a w
 from __future__ import annotations
 
 import asyncio
+import errno
 import secrets
 import socket
 import time
@@ -49,15 +50,18 @@ class CreateRequest:
 
 
 def port_is_free(node: NodeSpec, port: int) -> bool:
-    """Say whether nothing on this machine holds the port; a node elsewhere is taken at the ledger's word."""
+    """Say whether nothing on this machine holds the port; a node elsewhere is taken at the ledger's word.
+
+    An engine behind a Unix socket may be elsewhere too: then the address is not one of this machine's.
+    """
     if not node.host.startswith("unix://"):
         return True
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((node.bind_ip, port))
-        except OSError:
-            return False
+        except OSError as error:
+            return error.errno != errno.EADDRINUSE
     return True
 
 

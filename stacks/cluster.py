@@ -7,6 +7,7 @@ and names just their resources as targets, so the time of an update does not gro
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import pulumi
 import pulumi_docker as docker
@@ -47,8 +48,13 @@ async def declare(spec: ClusterSpec, *, ledger_id: str, instances: Sequence[Inst
     await _registered(pending)
 
 
+def provider_arguments(node: NodeSpec) -> dict[str, Any]:
+    """Return how a node's engine is reached, as the arguments of its provider."""
+    return {"host": node.host, "cert_path": node.cert_path, "ssh_opts": list(node.ssh_opts) or None}
+
+
 def _declare_node(node: NodeSpec, *, spec: ClusterSpec, ledger_id: str) -> docker.Provider:
-    provider = docker.Provider(names.provider_name(node.id), host=node.host)
+    provider = docker.Provider(names.provider_name(node.id), **provider_arguments(node))
     name = names.network_name(node.id)
     labels = {
         CLUSTER_LABEL: spec.name,

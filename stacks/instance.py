@@ -88,6 +88,17 @@ def container_arguments(
     }
 
 
+def endpoint_arguments(node: NodeSpec | None) -> dict[str, Any]:
+    """Return how a node's engine is reached, as arguments of the `machineuse` resources; None is one that is gone."""
+    if node is None:
+        return {"docker_host": ""}
+    return {
+        "docker_host": node.host,
+        "docker_cert_path": node.cert_path,
+        "docker_ssh_opts": list(node.ssh_opts) or None,
+    }
+
+
 def _labels(spec: InstanceSpec, *, cluster: ClusterSpec, ledger_id: str, urn: str) -> list[dict[str, str]]:
     labels = {CLUSTER_LABEL: cluster.name, INSTANCE_LABEL: spec.id, LEDGER_LABEL: ledger_id, URN_LABEL: urn}
     return [{"label": label, "value": value} for label, value in labels.items()]
@@ -154,7 +165,7 @@ class Instance(pulumi.ComponentResource):
             instance=spec.id,
             generation=ref.generation,
             node_id=ref.node_id,
-            docker_host=self._host_of(ref.node_id),
+            **endpoint_arguments(self._cluster.node(ref.node_id)),
             container=self._names.docker_container(spec.id),
             volume=self._names.docker_volume(spec.id),
             image=spec.image,
@@ -179,15 +190,10 @@ class Instance(pulumi.ComponentResource):
             snapshot_generation=ref.generation,
             method=spec.restore.method,
             node_id=spec.node_id,
-            docker_host=self._node.host,
+            **endpoint_arguments(self._node),
             volume=volume.name,
             image=spec.image,
             helper_image=self._cluster.helper_image,
             copy_volume=self._names.docker_copy(spec.id, ref.generation),
             opts=pulumi.ResourceOptions(parent=self),
         )
-
-    def _host_of(self, node_id: str) -> str:
-        """Return the host of a node; "" for one that the cluster does not have any more."""
-        node = self._cluster.node(node_id)
-        return node.host if node is not None else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import pulumi
@@ -49,6 +50,8 @@ class Snapshot(_Resource):
         generation: pulumi.Input[int],
         node_id: pulumi.Input[str],
         docker_host: pulumi.Input[str],
+        docker_cert_path: pulumi.Input[str | None],
+        docker_ssh_opts: pulumi.Input[Sequence[str]],
         container: pulumi.Input[str],
         volume: pulumi.Input[str],
         image: pulumi.Input[str],
@@ -66,6 +69,8 @@ class Snapshot(_Resource):
             "generation": generation,
             "node_id": node_id,
             "docker_host": docker_host,
+            "docker_cert_path": docker_cert_path,
+            "docker_ssh_opts": docker_ssh_opts,
             "container": container,
             "volume": volume,
             "image": image,
@@ -108,6 +113,8 @@ class Restore(_Resource):
         method: pulumi.Input[str],
         node_id: pulumi.Input[str],
         docker_host: pulumi.Input[str],
+        docker_cert_path: pulumi.Input[str | None],
+        docker_ssh_opts: pulumi.Input[Sequence[str]],
         volume: pulumi.Input[str],
         image: pulumi.Input[str],
         helper_image: pulumi.Input[str],
@@ -122,6 +129,8 @@ class Restore(_Resource):
             "method": method,
             "node_id": node_id,
             "docker_host": docker_host,
+            "docker_cert_path": docker_cert_path,
+            "docker_ssh_opts": docker_ssh_opts,
             "volume": volume,
             "image": image,
             "helper_image": helper_image,

@@ -8,6 +8,9 @@ seconds. An engine that accepts connections and then says nothing would cost the
 latter two therefore waits for a sign of life first, and work that has several parts waits in vain only once
 (`SILENT_FOR_S`).
 
+A node's engine is behind a Unix socket, behind TCP with client certificates (`cert_path`), or behind SSH: then the
+clients talk to a Unix socket that a `Tunnel` keeps open.
+
 Nothing is opened before it is needed: a `DockerHost` for a node that is down can be made, kept and asked again later.
 """
 
@@ -15,15 +18,20 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import docker
 import requests
 import urllib3
 from docker.errors import APIError, DockerException, NotFound, create_api_error_from_http_exception
+from docker.tls import TLSConfig
+from docker.utils import version_lt
 
+from provisioner.docker_hosts.endpoints import Endpoint, explain_silence
+from provisioner.docker_hosts.tunnels import Tunnel
 from provisioner.errors import DockerError, DockerNotFound, MachineuseError, NodeUnreachable, PortTaken
 from stacks.spec import NodeSpec
 
@@ -32,10 +40,13 @@ ALIVE_FOR_S = 2.0
 """How long an answer counts as proof that the engine is alive."""
 SILENT_FOR_S = 2.0
 """How long an engine that did not answer is not asked again before work: it is taken to be silent still."""
+MINIMUM_API = "1.41"
+"""The oldest API that has everything that is asked for: one-shot statistics. Docker 20.10 speaks it."""
 POOL_SIZE = 64
 """Idle connections kept to one engine; as many long calls run at once without opening new ones."""
 
 _UNREACHABLE_RESOLUTION = "Check that the node is up and that its Docker engine runs."
+_WANTS_TLS = "HTTP request to an HTTPS server"
 _PORT_TAKEN = ("port is already allocated", "address already in use")
 _SILENCE = (
     requests.exceptions.ConnectionError,
@@ -66,17 +77,25 @@ class _Client(docker.APIClient):
 
 
 class DockerHost:
-    """One Docker engine, reached by a URL that docker-py understands."""
+    """One Docker engine, reached by a `unix://`, `tcp://` or `ssh://` URL."""
 
     def __init__(
         self,
         url: str = LOCAL_ENGINE,
         *,
+        cert_path: Path | None = None,
+        ssh_opts: tuple[str, ...] = (),
+        directory: Path = Path(),
         timeout_s: float = 5.0,
         work_timeout_s: float = 60.0,
         slow_timeout_s: float = 600.0,
     ) -> None:
+        """Connect to nothing yet. `cert_path` is for `tcp://`, `ssh_opts` for `ssh://`, run in `directory`."""
         self.url = url
+        self._endpoint = Endpoint(url, cert_path=cert_path, ssh_opts=ssh_opts)
+        self._tunnel = (
+            Tunnel(self._endpoint, timeout_s=timeout_s, directory=directory) if self._endpoint.uses_ssh else None
+        )
         self.timeout_s = timeout_s
         self.work_timeout_s = work_timeout_s
         self.slow_timeout_s = slow_timeout_s
@@ -91,11 +110,16 @@ class DockerHost:
 
     @property
     def api(self) -> docker.APIClient:
-        """Return the client for quick questions: it gives up after `timeout_s`; connects at first use."""
+        """Return the client for quick questions: it gives up after `timeout_s`; connects at first use.
+
+        Raises NodeUnreachable, for an engine that is too old as well.
+        """
+        if self._tunnel is not None:
+            self._tunnel.open()
         if self._api is None:
             with self._lock:
                 if self._api is None:
-                    self._api = self._connect(timeout_s=self.timeout_s, version=None)
+                    self._api = self._checked(self._connect(timeout_s=self.timeout_s, version=None))
         return self._api
 
     @property
@@ -125,14 +149,27 @@ class DockerHost:
         return client
 
     def _connect(self, *, timeout_s: float, version: str | None) -> docker.APIClient:
+        files = self._endpoint.certificates()
         with self.errors("connect"):
             return _Client(
                 connect_timeout_s=self.timeout_s,
-                base_url=self.url,
+                base_url=self._tunnel.url if self._tunnel is not None else self.url,
                 version=version,
                 timeout=timeout_s,
                 max_pool_size=POOL_SIZE,
+                tls=files is not None
+                and TLSConfig(ca_cert=str(files[0]), client_cert=(str(files[1]), str(files[2])), verify=True),
             )
+
+    def _checked(self, client: docker.APIClient) -> docker.APIClient:
+        if version_lt(str(client.api_version), MINIMUM_API):
+            client.close()
+            raise NodeUnreachable(
+                f"The Docker engine at {self.url} is too old: it speaks API {client.api_version},"
+                f" and Machineuse needs {MINIMUM_API} (Docker 20.10) or newer.",
+                resolution="Update Docker on the node.",
+            )
+        return client
 
     @contextmanager
     def errors(self, what: str) -> Iterator[None]:
@@ -153,6 +190,8 @@ class DockerHost:
             return function(*args, **kwargs)
 
     def _explain(self, error: BaseException, *, what: str) -> DockerError:
+        if _WANTS_TLS in str(error):
+            return explain_silence(self.url, detail=" ".join(str(error).split()), what=what)
         if isinstance(error, APIError):
             words = " ".join(str(error.explanation or error).split())
             message = f"Docker on {self.url} could not {what}: {_shorten(words)}"
@@ -168,17 +207,8 @@ class DockerHost:
         detail = _root_cause(error)
         if isinstance(error, _SILENCE) or _hides_silence(error):
             self._alive_at = float("-inf")
-            if "Permission denied" in detail:
-                return NodeUnreachable(
-                    f"This user may not talk to the Docker engine at {self.url}.",
-                    detail=detail,
-                    resolution="Add the user to the group 'docker', or run as root.",
-                )
-            return NodeUnreachable(
-                f"The Docker engine at {self.url} does not answer.",
-                detail=f"could not {what}: {detail}",
-                resolution=_UNREACHABLE_RESOLUTION,
-            )
+            said = self._tunnel.explain() if self._tunnel is not None else ""
+            return explain_silence(self.url, detail=said or detail, what=what)
         return DockerError(f"Docker on {self.url} could not {what}: {_shorten(detail)}", detail=detail)
 
     def ping(self) -> None:
@@ -229,32 +259,43 @@ class DockerHost:
             self._api = None
         for client in clients:
             client.close()
+        if self._tunnel is not None:
+            self._tunnel.close()
 
 
 class DockerHosts:
-    """The Docker engines of a process, by URL: each is made once and shared."""
+    """The Docker engines of a process, by how they are reached: each is made once and shared."""
 
-    def __init__(self, *, timeout_s: float = 5.0, slow_timeout_s: float = 600.0) -> None:
+    def __init__(self, *, base_dir: Path | None = None, timeout_s: float = 5.0, slow_timeout_s: float = 600.0) -> None:
+        """Relative paths of certificates and keys are relative to `base_dir`, the project's directory."""
+        self._base_dir = base_dir or Path()
         self._timeout_s = timeout_s
         self._slow_timeout_s = slow_timeout_s
         self._lock = threading.Lock()
-        self._hosts: dict[str, DockerHost] = {}
+        self._hosts: dict[tuple[str, str | None, tuple[str, ...]], DockerHost] = {}
 
-    def get(self, url: str) -> DockerHost:
-        """Return the host of that URL, always the same one; nothing is connected yet."""
+    def get(self, url: str, *, cert_path: str | None = None, ssh_opts: Iterable[str] = ()) -> DockerHost:
+        """Return the host that is reached so, always the same one; nothing is connected yet."""
+        key = (url, cert_path, tuple(ssh_opts))
         with self._lock:
-            host = self._hosts.get(url)
+            host = self._hosts.get(key)
             if host is None:
-                host = DockerHost(url, timeout_s=self._timeout_s, slow_timeout_s=self._slow_timeout_s)
-                self._hosts[url] = host
+                host = self._hosts[key] = DockerHost(
+                    url,
+                    cert_path=self._base_dir / Path(cert_path).expanduser() if cert_path else None,
+                    ssh_opts=key[2],
+                    directory=self._base_dir,
+                    timeout_s=self._timeout_s,
+                    slow_timeout_s=self._slow_timeout_s,
+                )
             return host
 
     def of(self, node: NodeSpec) -> DockerHost:
         """Return a node's engine."""
-        return self.get(node.host)
+        return self.get(node.host, cert_path=node.cert_path, ssh_opts=node.ssh_opts)
 
     def close(self) -> None:
-        """Close all idle connections."""
+        """Close all idle connections and tunnels."""
         with self._lock:
             hosts = list(self._hosts.values())
         for host in hosts:

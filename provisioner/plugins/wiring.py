@@ -14,7 +14,7 @@ from provisioner.settings import Settings
 def build_plugin(package: str, *, engine_address: str) -> PluginServicer:
     """Return the plugin of that package; it deletes nothing that this machine's ledger does not allow."""
     settings = Settings()
-    hosts = DockerHosts(timeout_s=settings.node_timeout_s)
+    hosts = DockerHosts(base_dir=settings.project_dir, timeout_s=settings.node_timeout_s)
     policy = _open_policy(settings)
     if package == "docker":
         from provisioner.plugins.docker.provider import DockerProvider

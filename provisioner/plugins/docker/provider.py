@@ -11,11 +11,11 @@ from provisioner.plugins.policy import DeletePolicy
 
 
 class DockerProvider(PluginServicer):
-    """Serves Volume, Container and Network; a provider resource is configured with the `host` of its engine."""
+    """Serves Volume, Container and Network; a provider resource is configured with how its engine is reached."""
 
     package: ClassVar[str] = "docker"
     version: ClassVar[str] = "5.2.0"
-    config_keys: ClassVar[frozenset[str]] = frozenset({"host"})
+    config_keys: ClassVar[frozenset[str]] = frozenset({"host", "certPath", "sshOpts"})
 
     def __init__(self, *, hosts: DockerHosts, policy: DeletePolicy, engine_address: str = "") -> None:
         """Reach engines through `hosts`, and ask `policy` before every delete."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -45,7 +46,13 @@ class DockerResources:
         self._policy = policy
 
     def _host(self, call: Call) -> DockerHost:
-        return self._hosts.get(str(call.config.get("host") or LOCAL_ENGINE))
+        config = call.config
+        ssh_opts = config.get("sshOpts") or ()
+        return self._hosts.get(
+            str(config.get("host") or LOCAL_ENGINE),
+            cert_path=config.get("certPath") or None,
+            ssh_opts=json.loads(ssh_opts) if isinstance(ssh_opts, str) else ssh_opts,  # the engine sends lists as JSON
+        )
 
     def _delete(
         self,

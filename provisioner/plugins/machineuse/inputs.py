@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
+from provisioner.docker_hosts.hosts import DockerHost, DockerHosts
 from provisioner.errors import InvalidRequest
 from provisioner.plugins.resources import Change, ChangeKind, Checked, Difference, Failure
 from provisioner.plugins.values import Properties, has_unknowns
@@ -20,7 +21,20 @@ class Inputs(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", alias_generator=to_camel, populate_by_name=True)
 
 
-class SnapshotInputs(Inputs):
+class EndpointInputs(Inputs):
+    """How an engine is reached."""
+
+    docker_host: str
+    """Empty for a snapshot whose node the cluster does not have any more: then the archive is all there is."""
+    docker_cert_path: str | None = None
+    docker_ssh_opts: tuple[str, ...] | None = None
+
+    def host(self, hosts: DockerHosts) -> DockerHost:
+        """Return the engine."""
+        return hosts.get(self.docker_host, cert_path=self.docker_cert_path, ssh_opts=self.docker_ssh_opts or ())
+
+
+class SnapshotInputs(EndpointInputs):
     """Which instance to take a snapshot of, and where it is."""
 
     cluster: str
@@ -28,8 +42,6 @@ class SnapshotInputs(Inputs):
     instance: str = Field(pattern=ID_PATTERN)
     generation: int = Field(ge=0)
     node_id: str
-    docker_host: str
-    """Empty once the cluster does not have that node any more: then the archive is all there is."""
     container: str
     volume: str
     image: str
@@ -45,7 +57,7 @@ class SnapshotInputs(Inputs):
         return SnapshotId(instance_id=self.instance, generation=self.generation)
 
 
-class RestoreInputs(Inputs):
+class RestoreInputs(EndpointInputs):
     """Which snapshot to give back, how, and into which volume."""
 
     cluster: str
@@ -54,7 +66,6 @@ class RestoreInputs(Inputs):
     snapshot_generation: int = Field(ge=0)
     method: Method
     node_id: str
-    docker_host: str
     volume: str
     image: str
     helper_image: str
@@ -80,7 +91,7 @@ def check(model: type[M], news: Properties) -> Checked:
     known = {key: value for key, value in _declared(news).items() if not has_unknowns(value)}
     unknown = {key: value for key, value in news.items() if has_unknowns(value)}
     try:
-        checked = model.model_validate(known).model_dump(mode="json", by_alias=True)
+        checked = model.model_validate(known).model_dump(mode="json", by_alias=True, exclude_none=True)
     except ValidationError as error:
         failures = [
             Failure(property=".".join(map(str, problem["loc"])), reason=problem["msg"])

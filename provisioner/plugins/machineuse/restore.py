@@ -104,7 +104,7 @@ class RestoreType(ResourceType):
 
     def _machine(self, inputs: RestoreInputs) -> DockerMachine:
         return DockerMachine(
-            self._hosts.get(inputs.docker_host),
+            inputs.host(self._hosts),
             helper_image=inputs.helper_image,
             labels={CLUSTER_LABEL: inputs.cluster, LEDGER_LABEL: inputs.ledger_id},
         )

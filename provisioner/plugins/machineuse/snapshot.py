@@ -144,7 +144,7 @@ class SnapshotType(ResourceType):
 
     def _machine(self, inputs: SnapshotInputs) -> DockerMachine:
         return DockerMachine(
-            self._hosts.get(inputs.docker_host),
+            inputs.host(self._hosts),
             helper_image=inputs.helper_image,
             labels={CLUSTER_LABEL: inputs.cluster, LEDGER_LABEL: inputs.ledger_id},
         )

@@ -1,0 +1,137 @@
+"""One cluster of three machines, each reached in another way: everything works on each of them.
+
+The machines are real engines with networks of their own; the service talks to them by a Unix socket, by TCP with client
+certificates, and by SSH.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support.engines import Engine
+from tests.support.service import Service
+from tests.support.watched import wait_until
+
+SMALL = {"memory_gb": 0.5, "cpu_cores": 1}
+NODES = ("near", "secured", "remote")
+
+
+@pytest.fixture(scope="module")
+def engines() -> Iterator[Mapping[str, Engine]]:
+    with Engine() as near, Engine("tcp") as secured, Engine("ssh") as remote:
+        yield {"near": near, "secured": secured, "remote": remote}
+
+
+@pytest.fixture(scope="module")
+def service(start_service: Callable[..., Service], engines: Mapping[str, Engine]) -> Service:
+    return start_service(
+        nodes=[engine.node(node_id) for node_id, engine in engines.items()],
+        heartbeat_s=0.3,
+        node_timeout_s=2,
+        offline_after_misses=2,
+    )
+
+
+def browser_of(instance: Mapping[str, Any], engine: Engine) -> str:
+    answer = httpx.get(f"http://{engine.address}:{instance['debug_port']}/json/version", trust_env=False, timeout=5)
+    answer.raise_for_status()
+    return str(answer.json()["Browser"])
+
+
+def await_node(service: Service, node_id: str, status: str) -> dict[str, Any]:
+    def found() -> dict[str, Any] | None:
+        node: dict[str, Any] = service.http.get(f"/v2/nodes/{node_id}").json()
+        return node if node["status"] == status else None
+
+    return wait_until(found, what=f"{node_id} is {status}")
+
+
+def traces_of(engine: Engine, service: Service) -> list[str]:
+    """Return the names of the containers and volumes that the engine has of the service."""
+    client = engine.client()
+    mine = {"label": f"machineuse.cluster={service.cluster}"}
+    return [
+        thing.name for thing in (*client.containers.list(all=True, filters=mine), *client.volumes.list(filters=mine))
+    ]
+
+
+def test_an_instance_lives_on_each_machine_and_leaves_nothing_there(
+    service: Service, engines: Mapping[str, Engine]
+) -> None:
+    nodes = service.http.get("/v2/nodes").json()["nodes"]
+    assert [(node["id"], node["status"], node["error"]) for node in nodes] == [
+        (node_id, "online", None) for node_id in sorted(NODES)
+    ]
+    created = {node_id: service.create(config=SMALL, node_preference=node_id) for node_id in NODES}
+    for node_id, instance in created.items():
+        engine = engines[node_id]
+        assert instance["node_id"] == node_id
+        assert engine.address in instance["urls"]["debug"]
+        assert "Chrome" in browser_of(instance, engine)
+        (container,) = engine.client().containers.list(filters={"name": instance["id"]})
+        container.exec_run(["sh", "-c", f"echo {node_id} > /home/machine/note"])
+        container.exec_run(["touch", "/opt/changed"], user="0")
+
+    for node_id, instance in created.items():
+        assert service.post(f"{instance['id']}/dormant").json()["status"] == "dormant", service.log()[-3000:]
+        assert engines[node_id].client().containers.list(all=True, filters={"name": instance["id"]}) == []
+    for node_id, method in zip(NODES, ("quick_start", "full_restore", "quick_start"), strict=True):
+        instance = created[node_id]
+        woken = service.post(f"{instance['id']}/revive", restore_method=method).json()
+        assert (woken["status"], woken["node_id"]) == ("running", node_id)
+        assert "Chrome" in browser_of(woken, engines[node_id])
+        (container,) = engines[node_id].client().containers.list(filters={"name": instance["id"]})
+        assert container.exec_run(["cat", "/home/machine/note"]).output.decode() == f"{node_id}\n"
+        assert container.exec_run(["ls", "/opt/changed"]).exit_code == 0
+
+    for refresh in ((), ("--refresh",)):
+        done = service.pulumi("preview", "--stack", service.cluster, "--expect-no-changes", *refresh)
+        assert done.returncode == 0, done.stdout + done.stderr
+    for node_id, instance in created.items():
+        assert service.delete(instance["id"]).json() == {"message": f"Instance {instance['id']} is deleted."}
+        assert traces_of(engines[node_id], service) == []
+
+
+def test_a_machine_that_is_cut_off_is_offline_and_harms_no_other(
+    service: Service, engines: Mapping[str, Engine]
+) -> None:
+    engines["secured"].unplug()
+    engines["remote"].unplug()
+    try:
+        for node_id in ("secured", "remote"):
+            assert "does not answer" in await_node(service, node_id, "offline")["error"]
+        created = service.create(config=SMALL)
+        assert (created["status"], created["node_id"]) == ("running", "near")
+        assert service.delete(created["id"]).status_code == 200
+    finally:
+        engines["secured"].plug()
+        engines["remote"].plug()
+    for node_id in ("secured", "remote"):
+        assert await_node(service, node_id, "online")["error"] is None
+
+
+def test_a_node_that_does_not_let_us_in_says_why(
+    start_service: Callable[..., Service], engines: Mapping[str, Engine]
+) -> None:
+    secured, remote = engines["secured"], engines["remote"]
+    stranger = engines["near"].authority.issue(secured.log_path.parent / "stranger")
+    (stranger / "ca.pem").write_bytes((secured.log_path.parent / "client" / "ca.pem").read_bytes())
+    unknown = ["UserKnownHostsFile=none" if "KnownHosts" in word else word for word in remote.ssh_opts]
+    expected = {
+        "bare": ({"host": secured.url}, "it wants TLS, and the node has no cert_path"),
+        "stranger": ({"host": secured.url, "cert_path": str(stranger)}, "it refuses our client certificate"),
+        "lost": ({"host": secured.url, "cert_path": "nowhere"}, "ca.pem can't be read"),
+        "unknown": ({"host": remote.url, "ssh_opts": unknown}, "its SSH host key is not known here"),
+        "locked": ({"host": remote.url.replace("root@", "nobody@"), "ssh_opts": [*remote.ssh_opts]}, "not let in"),
+    }
+    service = start_service(
+        nodes=[{"id": node_id, **node} for node_id, (node, _) in expected.items()], heartbeat_s=0.3, node_timeout_s=2
+    )
+    for node_id, (_, words) in expected.items():
+        node = service.http.get(f"/v2/nodes/{node_id}").json()
+        assert node["status"] == "offline"
+        assert words in node["error"]
