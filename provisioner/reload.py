@@ -20,7 +20,6 @@ full update. Engine runs one update at a time: those here and the converger's wa
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
@@ -28,7 +27,7 @@ from pathlib import Path
 import structlog
 
 from provisioner.changes import Changes
-from provisioner.cluster import Cluster
+from provisioner.cluster import APPLIED, Cluster, fingerprint, in_stack
 from provisioner.clusterfile import parse_cluster, path_of, read_text
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.docker_hosts.inventory import list_volumes
@@ -46,13 +45,9 @@ from stacks.spec import ClusterSpec, NodeSpec
 
 log = structlog.get_logger(__name__)
 
-APPLIED = "applied_cluster"
-"""The fact that says which version of the cluster's file the stack has."""
 LOOK_EVERY_S = 1.0
 MAX_PAUSE_S = 10.0
 """How long at most something that did not work waits for its next try."""
-_NOT_IN_THE_STACK = {"address", "availability", "labels", "max_instances", "ports"}
-"""What may change about a node without any resource changing."""
 
 
 class Reload:
@@ -152,7 +147,7 @@ class Reload:
         for node in gone:
             self._hosts.of(node).close()
         self._changes.work.set()
-        if self._owed is not None or any(_in_stack(was) != _in_stack(now) for was, now in changed):
+        if self._owed is not None or any(in_stack(was) != in_stack(now) for was, now in changed):
             self._owed = self._update_all
         elif gone:
             names = [node.id for node in gone]
@@ -337,16 +332,6 @@ def describe_change(was: NodeSpec, now: NodeSpec) -> str:
     """Say for people what changed about a node."""
     before, after = was.model_dump(mode="json"), now.model_dump(mode="json")
     return ", ".join(f"{name} is {_show(after[name])}" for name in after if after[name] != before[name])
-
-
-def fingerprint(cluster: ClusterSpec) -> str:
-    """Return a name for what the stack gets from a cluster's file, apart from its instances."""
-    said = [*sorted(_in_stack(node) for node in cluster.nodes), cluster.helper_image]
-    return hashlib.sha256("\n".join(said).encode()).hexdigest()[:16]
-
-
-def _in_stack(node: NodeSpec) -> str:
-    return node.model_dump_json(exclude=_NOT_IN_THE_STACK)
 
 
 def _show(value: object) -> str:
