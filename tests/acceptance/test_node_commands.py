@@ -1,7 +1,7 @@
 """Nodes come and go while the service runs: by `machineuse node`, by hand, and for good.
 
-The second node is another engine, on a machine of its own. Some tests leave it in the cluster for the next ones: a drain
-ends that.
+The second node is another engine, on a machine of its own. Some tests leave it in the cluster for the next ones, until
+one drains it and takes it away.
 """
 
 from __future__ import annotations
