@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import typer
 
-from provisioner.leaving import Leaving, is_away, service_runs, watch_leaving
+from provisioner.leaving import Leaving, is_away, is_closed, service_runs, watch_leaving
 from provisioner.ledger import Ledger
 
 LOOK_EVERY_S = 0.5
@@ -67,16 +67,21 @@ def _follow(
         for instance_id in sorted(there - ids):
             say(f"{instance_id} has left. {now.left} to go.")
         there, most = ids, max(most, now.left)
+        node = next((node for node in ledger.nodes.list() if node.id == node_id), None)
+        runs = service_runs(ledger, heartbeat_s=heartbeat_s)
         if not ids:
-            return
+            if is_closed(node) or not runs:
+                return
+            time.sleep(LOOK_EVERY_S)  # until the service knows, one more may come
+            continue
         say_once(f"{most} instance(s) to move.") if not told else None
         for instance_id, what in now.moving.items():
             say_once(f"{instance_id}: {what}")
         for instance_id, why in now.stuck.items():
             say_once(f"{instance_id} can't be moved now: {why}")
-        if not service_runs(ledger, heartbeat_s=heartbeat_s):
+        if not runs:
             say_once("No service runs, and it is the service that moves instances: start it (`machineuse serve`).")
-        elif is_away(next((node for node in ledger.nodes.list() if node.id == node_id), None)):
+        elif is_away(node):
             say_once(f"Node {node_id} does not answer: what is on it waits for it.")
         show(now, most)
         time.sleep(LOOK_EVERY_S)

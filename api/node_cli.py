@@ -180,13 +180,13 @@ def remove(
         there = bodies_on(ledger, node_id=node_id)
         if there and not force:
             raise Conflict(
-                f"Node {node_id} has {_count(there)}.",
+                f"Node {node_id} still has instances: {_count(there)}.",
                 resolution=f"Run `machineuse node drain {node_id}` first; or, if the node is gone for good,"
                 f" `machineuse node remove {node_id} --force`.",
             )
         if there:
             _give_up(ledger, there, yes=yes)
-        sleeping = [r for r in ledger.instances.all() if r.node_id == node_id and not r.body]
+        sleeping = [record for record in ledger.instances.on_node(node_id) if not record.body]
     _edit(settings, lambda text: remove_node(text, node_id))
     typer.echo(f"Node {node_id} is removed.")
     if sleeping:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from provisioner.ledger import Ledger
 from provisioner.ledger.records import InstanceRecord, NodeRecord, NodeStatus
 from provisioner.states import UP, Status, Wanted
+from stacks.spec import Availability
 
 SIGN_OF_LIFE_S = 15.0
 """How long after its last heartbeat a service is taken to run."""
@@ -56,7 +57,7 @@ def watch_leaving(ledger: Ledger, *, node_id: str) -> Leaving:
 
 def bodies_on(ledger: Ledger, *, node_id: str) -> list[InstanceRecord]:
     """Return the instances that have, or may have, volume and container on the node."""
-    return [record for record in ledger.instances.all() if record.node_id == node_id and record.body]
+    return [record for record in ledger.instances.on_node(node_id) if record.body]
 
 
 def service_runs(ledger: Ledger, *, heartbeat_s: float) -> bool:
@@ -66,6 +67,11 @@ def service_runs(ledger: Ledger, *, heartbeat_s: float) -> bool:
     """
     beats = [node.last_heartbeat for node in ledger.nodes.list() if node.last_heartbeat is not None]
     return bool(beats) and time.time() - max(beats) < max(SIGN_OF_LIFE_S, 3 * heartbeat_s)
+
+
+def is_closed(node: NodeRecord | None) -> bool:
+    """Say whether the service has taken over that nothing new comes to the node."""
+    return node is None or node.availability is not Availability.ACTIVE
 
 
 def is_away(node: NodeRecord | None) -> bool:
