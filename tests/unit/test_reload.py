@@ -228,6 +228,21 @@ def test_a_service_does_not_start_on_another_engine_either(two: Cell) -> None:
         two.reload.sync()
 
 
+def test_a_service_does_not_start_without_a_node_that_has_an_instance(two: Cell) -> None:
+    two.add()
+    two.path.write_text(A)
+    two.cluster.replace(read_cluster(two.path.parent, cluster="x"))
+    with pytest.raises(Conflict, match="does not name node 'b' any more, but instance mu-b is there"):
+        two.reload.sync()
+    two.ledger.instances.change("mu-b", lambda r, _: lifecycle.wish_abandoned(r))
+    two.reload.sync()
+    assert two.nodes() == (["a"], ["a", "b"])
+    two.look()
+    two.ledger.instances.change("mu-b", lambda r, _: lifecycle.note_gone(r))
+    two.look()
+    assert two.nodes() == (["a"], ["a"])
+
+
 def test_the_ledger_loses_no_node_that_has_an_instance(two: Cell) -> None:
     two.add()
     with pytest.raises(Conflict, match="Node 'b' has instances"):
