@@ -6,9 +6,26 @@ decision, an update) takes `spec` once.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 
 from stacks.spec import ClusterSpec, NodeSpec
+
+APPLIED = "applied_cluster"
+"""The ledger's fact that says which version of the cluster's file the stack has."""
+_NOT_IN_THE_STACK = {"address", "availability", "labels", "max_instances", "ports"}
+"""What may change about a node without any resource changing."""
+
+
+def fingerprint(cluster: ClusterSpec) -> str:
+    """Return a name for what the stack gets from a cluster's file, apart from its instances."""
+    said = [*sorted(in_stack(node) for node in cluster.nodes), cluster.helper_image]
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()[:16]
+
+
+def in_stack(node: NodeSpec) -> str:
+    """Return what of a node the stack's resources are made of."""
+    return node.model_dump_json(exclude=_NOT_IN_THE_STACK)
 
 
 class Cluster:

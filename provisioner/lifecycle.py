@@ -190,7 +190,7 @@ def wish_abandoned(record: InstanceRecord) -> Update | None:
     """
     if not record.body:
         return None
-    kept = max((s for s in record.snapshots if s.state is SnapshotState.VERIFIED), key=_generation, default=None)
+    kept = record.last_verified
     if kept is None or record.wanted is Wanted.ABSENT:
         return wish_absent(record, force=True)
     cut_off = (s for s in record.snapshots if s.state is SnapshotState.PENDING)
@@ -198,12 +198,8 @@ def wish_abandoned(record: InstanceRecord) -> Update | None:
         values=_new_wish(record, wanted=Wanted.DORMANT, event=Event.ABANDON)
         | {"snapshot_generation": kept.generation, "moving": None, "force": True},
         put_snapshots=tuple(dataclasses.replace(s, state=SnapshotState.EXPIRING) for s in cut_off),
-        event=("abandon", f"node {record.node_id} is gone for good; what is left is snapshot {kept.generation}"),
+        event=("abandon", f"node {record.node_id} is gone for good: it is dormant, to be revived {tell_loss(kept)}"),
     )
-
-
-def _generation(snapshot: SnapshotRecord) -> int:
-    return snapshot.generation
 
 
 def wish_repaired(record: InstanceRecord, *, reason: str) -> Update | None:

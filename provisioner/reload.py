@@ -20,7 +20,6 @@ full update. Engine runs one update at a time: those here and the converger's wa
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
@@ -28,7 +27,7 @@ from pathlib import Path
 import structlog
 
 from provisioner.changes import Changes
-from provisioner.cluster import Cluster
+from provisioner.cluster import APPLIED, Cluster, fingerprint, in_stack
 from provisioner.clusterfile import parse_cluster, path_of, read_text
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.docker_hosts.inventory import list_volumes
@@ -46,13 +45,9 @@ from stacks.spec import ClusterSpec, NodeSpec
 
 log = structlog.get_logger(__name__)
 
-APPLIED = "applied_cluster"
-"""The fact that says which version of the cluster's file the stack has."""
 LOOK_EVERY_S = 1.0
 MAX_PAUSE_S = 10.0
 """How long at most something that did not work waits for its next try."""
-_NOT_IN_THE_STACK = {"address", "availability", "labels", "max_instances", "ports"}
-"""What may change about a node without any resource changing."""
 
 
 class Reload:
@@ -75,6 +70,8 @@ class Reload:
         """What the file says, where that is not what the cluster is yet."""
         self._owed: Callable[[Engine], bool] | None = None
         """An update that the stack still needs for what was taken over already; returns whether it worked."""
+        self._emptying = False
+        """Whether instances still leave a node that the file does not name since before the start."""
         self._told: str | None = None
         self._next_try = _Retry()
         self._next_update = _Retry()
@@ -82,10 +79,10 @@ class Reload:
     # ---- at the service's start
 
     def sync(self) -> None:
-        """Give the ledger the file's nodes. Raises Conflict where a node with instances has become another engine."""
+        """Give the ledger the file's nodes. Raises Conflict for what `step` would refuse."""
         known = {node.id: node.host for node in self._ledger.nodes.list()}
         moved = [node for node in self._cluster.nodes if known.get(node.id, node.host) != node.host]
-        self._refuse_other_engines(moved, records=self._ledger.instances.all())
+        self._emptying = not self._check(gone=known.keys() - {node.id for node in self._cluster.nodes}, moved=moved)
         self._ledger.nodes.sync(self._cluster.nodes)
 
     def apply_all(self, engine: Engine) -> None:
@@ -112,6 +109,8 @@ class Reload:
         except MachineuseError as error:
             self._next_try.put_off()
             self._tell(error.explain(), detail=error.detail)
+        if self._emptying:
+            self.sync()
         if self._owed is not None and self._next_update.is_due():
             self._next_update.put_off()
             if self._owed(self._engine):  # raises EngineError into the loop's log, and is tried again
@@ -142,7 +141,8 @@ class Reload:
         added = [node for node in spec.nodes if old.node(node.id) is None]
         gone = [node for node in old.nodes if spec.node(node.id) is None]
         changed = [(node, now) for node in old.nodes if (now := spec.node(node.id)) is not None and now != node]
-        if not self._check(gone=gone, changed=changed):
+        moved = [now for was, now in changed if was.host != now.host]
+        if not self._check(gone=[node.id for node in gone], moved=moved):
             return False
         if added:
             self._join_stack(added, spec=spec, engine=engine)
@@ -152,7 +152,7 @@ class Reload:
         for node in gone:
             self._hosts.of(node).close()
         self._changes.work.set()
-        if self._owed is not None or any(_in_stack(was) != _in_stack(now) for was, now in changed):
+        if self._owed is not None or any(in_stack(was) != in_stack(now) for was, now in changed):
             self._owed = self._update_all
         elif gone:
             names = [node.id for node in gone]
@@ -162,21 +162,21 @@ class Reload:
         self._next_update.forget()
         return True
 
-    def _check(self, *, gone: Iterable[NodeSpec], changed: Iterable[tuple[NodeSpec, NodeSpec]]) -> bool:
+    def _check(self, *, gone: Iterable[str], moved: Iterable[NodeSpec]) -> bool:
         """Return whether this may be taken over now; False while something leaves by itself. Raises Conflict."""
         records = self._ledger.instances.all()
         leaving = False
-        for node in gone:
-            there = [record for record in records if record.node_id == node.id and record.body]
+        for node_id in sorted(gone):
+            there = [record for record in records if record.node_id == node_id and record.body]
             staying = [record.id for record in there if not is_leaving(record)]
             if staying:
                 raise Conflict(
-                    f"{self._path.name} does not name node '{node.id}' any more, but {_count(staying)} there.",
-                    resolution=f"Put the node back into the file, drain it (`machineuse node drain {node.id}`), then"
-                    f" remove it. If it is gone for good: `machineuse node remove {node.id} --force`.",
+                    f"{self._path.name} does not name node '{node_id}' any more, but {_count(staying)} there.",
+                    resolution=f"Put the node back into the file, drain it (`machineuse node drain {node_id}`), then"
+                    f" remove it. If it is gone for good: `machineuse node remove {node_id} --force`.",
                 )
             leaving |= bool(there)
-        self._refuse_other_engines([now for was, now in changed if was.host != now.host], records=records)
+        self._refuse_other_engines(moved, records=records)
         return not leaving
 
     def _refuse_other_engines(self, nodes: Iterable[NodeSpec], *, records: Iterable[InstanceRecord]) -> None:
@@ -337,16 +337,6 @@ def describe_change(was: NodeSpec, now: NodeSpec) -> str:
     """Say for people what changed about a node."""
     before, after = was.model_dump(mode="json"), now.model_dump(mode="json")
     return ", ".join(f"{name} is {_show(after[name])}" for name in after if after[name] != before[name])
-
-
-def fingerprint(cluster: ClusterSpec) -> str:
-    """Return a name for what the stack gets from a cluster's file, apart from its instances."""
-    said = [*sorted(_in_stack(node) for node in cluster.nodes), cluster.helper_image]
-    return hashlib.sha256("\n".join(said).encode()).hexdigest()[:16]
-
-
-def _in_stack(node: NodeSpec) -> str:
-    return node.model_dump_json(exclude=_NOT_IN_THE_STACK)
 
 
 def _show(value: object) -> str:

@@ -10,9 +10,12 @@ import sys
 from pathlib import Path
 
 import pulumi
+from pydantic import ValidationError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from provisioner.cluster import APPLIED, fingerprint
+from provisioner.clusterfile import explain
 from provisioner.errors import MachineuseError
 from provisioner.ledger import Ledger
 from provisioner.settings import Settings
@@ -25,13 +28,18 @@ async def main() -> None:
     """Declare the cluster named like the stack, with all instances of its ledger."""
     config = pulumi.Config("cluster")
     fields = {name: config.get_object(name) for name in FIELDS}
-    spec = ClusterSpec.model_validate(
-        {"name": pulumi.get_stack(), **{k: v for k, v in fields.items() if v is not None}}
-    )
+    said = {name: value for name, value in fields.items() if value is not None}
+    try:
+        spec = ClusterSpec.model_validate({"name": pulumi.get_stack(), **said})
+    except ValidationError as error:
+        raise pulumi.RunError(f"Pulumi.{pulumi.get_stack()}.yaml: {explain(error, fields=said)}") from error
     try:
         ledger = Ledger.open(Settings().ledger_path)
     except MachineuseError as error:
         raise pulumi.RunError(error.explain()) from error
+    if not pulumi.runtime.is_dry_run() and ledger.fact(APPLIED) != fingerprint(spec):
+        # Another version of the file than the service knows the stack to have: it looks at its next start.
+        ledger.write_fact(APPLIED, "an operator's")
     await declare(spec, ledger_id=ledger.id, instances=specs_of(ledger.instances.all()))
 
 

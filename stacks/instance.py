@@ -89,16 +89,11 @@ def container_arguments(
 
 
 def endpoint_arguments(node: NodeSpec | None) -> dict[str, Any]:
-    """Return how a node's engine is reached, as arguments of the `machineuse` resources.
-
-    Of a node that the cluster does not have any more, nothing is left to be reached: its host is "".
-    """
-    if node is None:
-        return {"docker_host": ""}
+    """Return how a node's engine is reached, as arguments of the `machineuse` resources; None is one that is gone."""
     return {
-        "docker_host": node.host,
-        "docker_cert_path": node.cert_path,
-        "docker_ssh_opts": list(node.ssh_opts) or None,
+        "docker_host": node.host if node else "",
+        "docker_cert_path": node.cert_path if node else None,
+        "docker_ssh_opts": (list(node.ssh_opts) or None) if node else None,
     }
 
 

@@ -216,5 +216,5 @@ def test_instances_lists_what_the_ledger_knows(service: Service) -> None:
 def test_help_names_every_command(service: Service) -> None:
     done = service.machineuse("--help")
     assert done.returncode == 0
-    for command in ("serve", "setup", "env", "pulumi", "instances"):
+    for command in ("serve", "setup", "env", "pulumi", "instances", "node"):
         assert command in done.stdout

@@ -25,7 +25,7 @@ class EndpointInputs(Inputs):
     """How an engine is reached."""
 
     docker_host: str
-    """Of a snapshot empty once the cluster does not have that node any more: then the archive is all there is."""
+    """Empty for a snapshot whose node the cluster does not have any more: then the archive is all there is."""
     docker_cert_path: str | None = None
     docker_ssh_opts: tuple[str, ...] | None = None
 
