@@ -18,7 +18,7 @@ from docker.utils import parse_repository_tag
 
 from provisioner.docker_hosts.hosts import DockerHost
 from provisioner.docker_hosts.images import REPORT_EVERY_S, ImageInfo, find_image, pull_image
-from provisioner.errors import DockerError, NodeUnreachable, UnknownImage
+from provisioner.errors import DockerError, MachineuseError, UnknownImage
 
 log = structlog.get_logger(__name__)
 
@@ -41,7 +41,7 @@ def bring_image(
 
     `tag` is a name that an image brought by its id gets, unless the engine has another of that name. `say` is told of
     each transfer that begins, `report` how far it is. Idempotent. Raises UnknownImage when it is nowhere to be had,
-    and NodeUnreachable for the engine itself.
+    NodeUnreachable for the engine itself, and DockerError when the copying fails: that is worth another try.
     """
     with target.lock(f"image {name}"):
         found = find_image(target, name)
@@ -56,30 +56,29 @@ def bring_image(
 def _bring(target: DockerHost, name: str, *, sources: Sequence[DockerHost], say: Report, report: Report) -> ImageInfo:
     owners = _owners(name, sources=sources)
     built_here = any(not image.pulled for _, image in owners)
-    refusal = None
+    failure: MachineuseError | None = None
     if not built_here and not name.startswith("sha256:"):
         say(f"pulling {name}")
         try:
             pull_image(target, name, report=report)
         except UnknownImage as error:
-            refusal = error
+            failure = error
     for source, image in owners:
         if find_image(target, name) is not None:
             break
         say(f"copying {name} from {source.url}, {image.bytes / 1e6:.0f} MB")
         try:
             copy_image(source, target, name, total_bytes=image.bytes, report=report)
-        except NodeUnreachable:
+        except DockerError as error:
             target.ping()  # raises where it is the target that does not answer
-            refusal = refusal or UnknownImage(f"The image {name} could not be copied from {source.url}.")
+            failure = error
     found = find_image(target, name)
     if found is not None:
         return found
-    if refusal is not None and not owners:
-        raise refusal
+    if failure is not None:
+        raise failure
     raise UnknownImage(
         f"The node does not have the image {name}, and no other node that answers has it.",
-        detail=refusal.detail if refusal is not None else None,
         resolution="Build or load the image on one of the nodes, or name one that a registry offers.",
     )
 

@@ -13,8 +13,10 @@ from typing import Any, TypeVar
 import httpx
 import pytest
 
+from stacks.spec import BROWSER_IMAGE
 from tests.support.engines import Engine
 from tests.support.service import Service
+from tests.support.shell_image import shell_image
 from tests.support.watched import wait_until
 
 SMALL = {"memory_gb": 0.5, "cpu_cores": 1}
@@ -29,8 +31,16 @@ def engines() -> Iterator[Mapping[str, Engine]]:
 
 
 @pytest.fixture(scope="module")
-def service(start_service: Callable[..., Service], engines: Mapping[str, Engine]) -> Service:
+def shells(engines: Mapping[str, Engine]) -> Iterator[tuple[str, str]]:
+    """Give the names of two images that were built on one machine, and that no registry knows."""
+    with shell_image(engines["near"].client()) as listed, shell_image(engines["near"].client()) as unlisted:
+        yield listed, unlisted
+
+
+@pytest.fixture(scope="module")
+def service(start_service: Callable[..., Service], engines: Mapping[str, Engine], shells: tuple[str, str]) -> Service:
     return start_service(
+        images={"ubuntu:22.04": BROWSER_IMAGE, "shell": shells[0]},
         nodes=[engine.node(node_id) for node_id, engine in engines.items()],
         heartbeat_s=0.3,
         node_timeout_s=2,
@@ -107,6 +117,23 @@ def test_an_instance_lives_on_each_machine_and_leaves_nothing_there(
     for deleted in on_each(lambda node: service.delete(created[node]["id"])):
         assert "is deleted" in deleted.json()["message"]
     assert [traces_of(engine, service) for engine in engines.values()] == [[], [], []]
+
+
+def test_images_come_to_a_machine_before_instances_do(
+    service: Service, engines: Mapping[str, Engine], shells: tuple[str, str]
+) -> None:
+    listed, unlisted = shells
+    pulled = {urn.rpartition("::")[2] for urn in service.urns() if "NodeImage" in urn}
+    assert pulled == {f"{node}-image-{image}" for node in NODES for image in (BROWSER_IMAGE, listed)}
+    for node_id in NODES:
+        engine = engines[node_id].client()
+        assert engine.images.get(listed).id == engines["near"].client().images.get(listed).id
+        assert (engine.images.list(unlisted) != []) == (node_id == "near")
+
+    created = service.create(image=unlisted, config=SMALL, node_preference="secured")
+    assert (created["status"], created["node_id"]) == ("running", "secured")
+    assert engines["secured"].client().images.list(unlisted) != []
+    assert service.delete(created["id"]).status_code == 200
 
 
 def test_a_machine_that_is_cut_off_is_offline_and_harms_no_other(
