@@ -23,6 +23,7 @@ from provisioner.engine import Engine
 from provisioner.guard import LedgerGuard
 from provisioner.health import NodeHealth
 from provisioner.idle import IdleWatch
+from provisioner.image_gc import ImageGc
 from provisioner.images import ImageCatalogue
 from provisioner.ledger import Ledger
 from provisioner.live_snapshots import LiveSnapshots
@@ -44,6 +45,7 @@ log = structlog.get_logger(__name__)
 
 RECOVER_S = 1.0
 PRUNE_EVERY_S = 3600.0
+IMAGE_GC_EVERY_S = 600.0
 ABANDONED_AFTER = timedelta(days=1)
 """Age at which a half-written snapshot is nobody's any more: a capture that is run again begins anew anyway."""
 
@@ -101,6 +103,7 @@ class ControlPlane:
         moves = Mover(self.ledger, cluster=self.cluster, service=self.instances, settings=settings)
         live = LiveSnapshots(self.ledger, cluster=self.cluster, settings=settings, changes=self.changes)
         sampler = Sampler(self.ledger, cluster=self.cluster, hosts=self.hosts)
+        image_gc = ImageGc(self.ledger, cluster=self.cluster, hosts=self.hosts, store=self.store)
         self._loops = [
             Loop("cluster file", self._reload.step, every_s=LOOK_EVERY_S),
             Loop("heartbeat", self._nodes.step, every_s=settings.heartbeat_s),
@@ -113,6 +116,7 @@ class ControlPlane:
             Loop("sampler", sampler.step, every_s=settings.sample_s),
             # In a loop, not in the way of the start: a store that can't be reached is a warning, and tried again.
             Loop("snapshot store", lambda: self.store.clean_up(older_than=ABANDONED_AFTER), every_s=PRUNE_EVERY_S),
+            Loop("images", image_gc.step, every_s=IMAGE_GC_EVERY_S),
             Loop("events", self.ledger.events.prune, every_s=PRUNE_EVERY_S),
         ]
         self._stopping = threading.Event()

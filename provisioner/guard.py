@@ -63,6 +63,10 @@ class LedgerGuard:
         if node is not None:
             self._ledger.leftovers.add(node_id=node.id, urn=urn, name=name)
 
+    def note_image(self, *, node_id: str, name: str) -> None:
+        """Remember an image that was brought to a node."""
+        self._ledger.node_images.note(node_id=node_id, name=name)
+
 
 def _node_of(record: InstanceRecord, *, urn: str, kind: str) -> str:
     """Return the node that something of an instance is on: a snapshot's copy may be on another than its body."""

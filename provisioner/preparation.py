@@ -1,7 +1,7 @@
 """Does the slow part of a step before the engine's update, so that no instance waits for another's gigabytes.
 
-An update holds the stack: whatever is slow inside it is slow for everybody. Pulling an image and capturing a snapshot
-are therefore done beforehand, each in a thread of its own, and a new instance's container starts while the CLI does.
+An update holds the stack: whatever is slow inside it is slow for everybody. Bringing an image to a node and capturing
+a snapshot are therefore done beforehand, in threads, and a new instance's container starts while the CLI does.
 The resources that the update then creates find their work done: all of it is idempotent, and an operator's plain
 `pulumi up` does the same work inside the update.
 
@@ -26,9 +26,10 @@ from provisioner.converger import Step, Work
 from provisioner.docker_hosts.archives import DockerMachine
 from provisioner.docker_hosts.containers import kill_container, remove_container
 from provisioner.docker_hosts.hosts import DockerHosts
-from provisioner.docker_hosts.images import ensure_image, find_image
+from provisioner.docker_hosts.images import find_image
 from provisioner.docker_hosts.volumes import remove_volume
 from provisioner.errors import MachineuseError, NodeUnreachable, UnknownNode
+from provisioner.image_supply import ImageSupply
 from provisioner.ledger import Ledger
 from provisioner.ledger.records import InstanceRecord, NodeStatus
 from provisioner.plugins.docker.provider import DockerProvider
@@ -79,6 +80,7 @@ class Preparation:
         self._changes = changes
         self._docker = docker
         self._names = Names(cluster.name)
+        self._supply = ImageSupply(ledger, cluster=cluster, hosts=hosts)
         self._pools: defaultdict[str, ThreadPoolExecutor] = defaultdict(
             lambda: ThreadPoolExecutor(max_workers=WORKERS, thread_name_prefix="machineuse-preparation")
         )
@@ -250,23 +252,29 @@ class Preparation:
         return node
 
     def _prepare_image(self, record: InstanceRecord) -> Callable[[InstanceRecord], None] | None:
-        """Return the pull that the instance's node needs first; None when it has the image."""
+        """Return what brings the images that the instance's node needs first; None when it has them."""
+        if record.restore_generation is not None and not record.repair:
+            return self._bring_images
         host = self._hosts.of(self._node_of(record))
         key = (host.url, record.image)
-        if time.monotonic() - self._images.get(key, float("-inf")) < IMAGE_KNOWN_S:
+        # What failed before may have failed because the image was removed meanwhile.
+        if record.attempts == 0 and time.monotonic() - self._images.get(key, float("-inf")) < IMAGE_KNOWN_S:
             return None
         if find_image(host, record.image) is None:
-            return self._pull
+            return self._bring_images
+        self._ledger.node_images.note_use(node_id=record.node_id, name=record.image)
         self._images[key] = time.monotonic()
         return None
 
-    def _pull(self, record: InstanceRecord) -> None:
-        host = self._hosts.of(self._node_of(record))
-        log.info("pulling image", image=record.image, node=record.node_id, instance=record.id)
-        self._ledger.events.add(
-            "pull", message=f"pulling {record.image}", instance_id=record.id, node_id=record.node_id
-        )
-        ensure_image(host, record.image, report=lambda said: log.info("pulling image", progress=said))
+    def _bring_images(self, record: InstanceRecord) -> None:
+        node = self._node_of(record)
+        if record.restore_generation is None or record.repair:
+            self._supply.bring(node, record.image, instance_id=record.id)
+        else:
+            snapshot = SnapshotId(instance_id=record.id, generation=record.restore_generation)
+            self._supply.bring_for_restore(
+                node, self._store.read_manifest(snapshot), image=record.image, instance_id=record.id
+            )
 
     def _prepare_snapshot(self, record: InstanceRecord) -> None:
         node = self._node_of(record)

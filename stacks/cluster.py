@@ -14,9 +14,10 @@ import pulumi_docker as docker
 
 from stacks import names
 from stacks.claim import Claim
-from stacks.instance import Instance
+from stacks.images import NodeImage
+from stacks.instance import Instance, endpoint_arguments
 from stacks.names import CLUSTER_LABEL, LEDGER_LABEL, URN_LABEL, Names
-from stacks.spec import ClusterSpec, InstanceSpec, NodeSpec
+from stacks.spec import Availability, ClusterSpec, InstanceSpec, NodeSpec
 
 WINDOW = 64
 """Resources whose registration is awaited together: the SDK's bookkeeping is quadratic in what is pending."""
@@ -27,11 +28,12 @@ async def declare(spec: ClusterSpec, *, ledger_id: str, instances: Sequence[Inst
 
     With `claim` the stack is first claimed for the ledger: a stack that belongs to another ledger fails right there,
     before anything else is registered, so nothing can be taken for unwanted because the wrong ledger does not know it.
+    The catalogue's images on the nodes belong to such a full program only.
     """
     if claim:
         await _registered([Claim("cluster", ledger_id=ledger_id)])
     providers = {node.id: _declare_node(node, spec=spec, ledger_id=ledger_id) for node in spec.nodes}
-    pending: list[pulumi.Resource] = []
+    pending: list[pulumi.Resource] = _declare_images(spec) if claim else []
     for instance in instances:
         node = spec.node(instance.node_id)
         if node is None and instance.body:
@@ -71,6 +73,22 @@ def _declare_node(node: NodeSpec, *, spec: ClusterSpec, ledger_id: str) -> docke
         opts=pulumi.ResourceOptions(provider=provider),
     )
     return provider
+
+
+def _declare_images(spec: ClusterSpec) -> list[pulumi.Resource]:
+    """Declare every image of the catalogue, and the helpers', on every node that takes instances."""
+    return [
+        NodeImage(
+            names.node_image_name(node.id, image),
+            node_id=node.id,
+            **endpoint_arguments(node),
+            image=image,
+            sources=[endpoint_arguments(other) for other in spec.nodes if other.id != node.id],
+        )
+        for node in spec.nodes
+        if node.availability is Availability.ACTIVE
+        for image in sorted({spec.helper_image, *spec.images.values()})
+    ]
 
 
 async def _registered(resources: Iterable[pulumi.Resource]) -> None:

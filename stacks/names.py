@@ -12,6 +12,7 @@ NETWORK_TYPE = "docker:index/network:Network"
 PROVIDER_TYPE = "pulumi:providers:docker"
 SNAPSHOT_TYPE = "machineuse:index:Snapshot"
 RESTORE_TYPE = "machineuse:index:Restore"
+NODE_IMAGE_TYPE = "machineuse:index:NodeImage"
 
 CLUSTER_LABEL = "machineuse.cluster"
 LEDGER_LABEL = "machineuse.ledger"
@@ -95,6 +96,11 @@ def provider_name(node_id: str) -> str:
 def network_name(node_id: str) -> str:
     """Return the resource name of a node's network."""
     return f"{node_id}-network"
+
+
+def node_image_name(node_id: str, image: str) -> str:
+    """Return the resource name of an image of the catalogue on a node."""
+    return f"{node_id}-image-{image}"
 
 
 def volume_name(instance_id: str) -> str:

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import pulumi
 
+from stacks.properties import CamelCaseResource
+
 SNAPSHOT_TYPE = "machineuse:index:Snapshot"
 RESTORE_TYPE = "machineuse:index:Restore"
 
 
-class _Resource(pulumi.CustomResource):
-    """Gives properties Python's names: the engine calls `quickCopy` what the program calls `quick_copy`."""
-
-    def translate_input_property(self, prop: str) -> str:
-        head, *rest = prop.split("_")
-        return head + "".join(word.capitalize() for word in rest)
-
-    def translate_output_property(self, prop: str) -> str:
-        return re.sub(r"(?<=[a-z0-9])([A-Z])", lambda match: "_" + match[1].lower(), prop)
-
-
-class Snapshot(_Resource):
+class Snapshot(CamelCaseResource):
     """A verified snapshot of an instance.
 
     Creating it stops the instance's container and leaves it stopped, unless it is `live`: then it goes on running.
@@ -93,7 +83,7 @@ class Snapshot(_Resource):
         super().__init__(SNAPSHOT_TYPE, resource_name, inputs | dict.fromkeys(outputs), opts)
 
 
-class Restore(_Resource):
+class Restore(CamelCaseResource):
     """A home volume filled from a snapshot, before a container uses it."""
 
     image: pulumi.Output[str]

@@ -14,15 +14,13 @@ import tarfile
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
-from http import HTTPStatus
 from pathlib import PurePosixPath
 from typing import Any
-
-from docker.errors import APIError
 
 from provisioner.docker_hosts.containers import resume_container
 from provisioner.docker_hosts.helpers import HELPER_LABEL, helper_container, run_helper, run_inside
 from provisioner.docker_hosts.hosts import DockerHost
+from provisioner.docker_hosts.images import remove_image
 from provisioner.docker_hosts.layers import pack_context, pack_file
 from provisioner.docker_hosts.volumes import remove_volume
 from provisioner.errors import DockerError, DockerNotFound
@@ -392,15 +390,7 @@ class DockerMachine:
 
     def remove_image(self, tag: str) -> bool:
         """Untag an image, and remove it when nothing else needs it; False when something uses it. Idempotent."""
-        with self._host.errors(f"remove the image {tag}"):
-            try:
-                self._host.slow_api.remove_image(tag)
-            except APIError as error:
-                if error.status_code == HTTPStatus.CONFLICT:
-                    return False
-                if error.status_code != HTTPStatus.NOT_FOUND:
-                    raise
-        return True
+        return remove_image(self._host, tag)
 
     # -- streams -----------------------------------------------------------------------------------------------------
 

@@ -75,6 +75,9 @@ class _Client(docker.APIClient):
             kwargs["timeout"] = (self.connect_timeout_s, timeout)
         return super().request(*args, **kwargs)
 
+    def _disable_socket_timeout(self, socket: object) -> None:
+        """Keep the limit that docker-py lifts while it reads a stream: an engine may freeze in the middle of one."""
+
 
 class DockerHost:
     """One Docker engine, reached by a `unix://`, `tcp://` or `ssh://` URL."""
@@ -101,7 +104,9 @@ class DockerHost:
         self.slow_timeout_s = slow_timeout_s
         self._lock = threading.Lock()
         self._api: docker.APIClient | None = None
-        self._workers: dict[float, docker.APIClient] = {}
+        self._workers: dict[tuple[float, float], docker.APIClient] = {}
+        """By how long to wait for an answer, and for a connection (or for the engine to read)."""
+        self._locks: dict[str, threading.Lock] = {}
         self._alive_at = float("-inf")
         self._silent_at = float("-inf")
 
@@ -139,20 +144,41 @@ class DockerHost:
         """
         return self._working_client(self.slow_timeout_s)
 
-    def _working_client(self, timeout_s: float) -> docker.APIClient:
+    @property
+    def transfer_api(self) -> docker.APIClient:
+        """Return the client for streams of gigabytes into the engine, once the engine is alive.
+
+        As `slow_api`, but the engine may also take its time to *read*. Raises NodeUnreachable.
+        """
+        return self._working_client(self.slow_timeout_s, connect_timeout_s=self.work_timeout_s)
+
+    def _working_client(self, timeout_s: float, *, connect_timeout_s: float | None = None) -> docker.APIClient:
         self.check_alive()
         version = str(self.api.api_version)
+        limits = (timeout_s, connect_timeout_s or self.timeout_s)
         with self._lock:
-            client = self._workers.get(timeout_s)
+            client = self._workers.get(limits)
             if client is None:
-                client = self._workers[timeout_s] = self._connect(timeout_s=timeout_s, version=version)
+                client = self._workers[limits] = self._connect(
+                    timeout_s=timeout_s, connect_timeout_s=limits[1], version=version
+                )
         return client
 
-    def _connect(self, *, timeout_s: float, version: str | None) -> docker.APIClient:
+    @contextmanager
+    def lock(self, what: str) -> Iterator[None]:
+        """Hold what this process may do on the engine only once at a time, such as bringing one image."""
+        with self._lock:
+            lock = self._locks.setdefault(what, threading.Lock())
+        with lock:
+            yield
+
+    def _connect(
+        self, *, timeout_s: float, version: str | None, connect_timeout_s: float | None = None
+    ) -> docker.APIClient:
         files = self._endpoint.certificates()
         with self.errors("connect"):
             return _Client(
-                connect_timeout_s=self.timeout_s,
+                connect_timeout_s=connect_timeout_s or self.timeout_s,
                 base_url=self._tunnel.url if self._tunnel is not None else self.url,
                 version=version,
                 timeout=timeout_s,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any
 
 from docker.errors import APIError
@@ -24,6 +25,10 @@ class ImageInfo:
     labels: Mapping[str, str] = field(default_factory=dict)
     exposed_ports: frozenset[str] = frozenset()
     """As in `9222/tcp`."""
+    bytes: int = 0
+    """Size, layers that it shares with others included."""
+    pulled: bool = True
+    """Whether it came from a registry; False for one that was built, loaded or imported."""
 
 
 def find_image(host: DockerHost, name: str) -> ImageInfo | None:
@@ -37,6 +42,8 @@ def find_image(host: DockerHost, name: str) -> ImageInfo | None:
         id=found["Id"],
         labels=config.get("Labels") or {},
         exposed_ports=frozenset(config.get("ExposedPorts") or {}),
+        bytes=int(found.get("Size") or 0),
+        pulled=bool(found.get("RepoDigests")),
     )
 
 
@@ -65,17 +72,6 @@ def pull_image(host: DockerHost, name: str, *, report: Callable[[str], None] = l
             raise _unknown(name, words=str(error.explanation or error)) from error
 
 
-def ensure_image(host: DockerHost, name: str, *, report: Callable[[str], None] = lambda _: None) -> ImageInfo:
-    """Return the image, pulled first when the engine lacks it; raise `UnknownImage`, `NodeUnreachable`."""
-    image = find_image(host, name)
-    if image is None:
-        pull_image(host, name, report=report)
-        image = find_image(host, name)
-    if image is None:
-        raise UnknownImage(f"The image {name} was pulled, but the node does not have it.")
-    return image
-
-
 def _describe(name: str, *, layers: Mapping[str, tuple[int, int]], status: str) -> str:
     done, total = (sum(column) for column in zip(*layers.values(), strict=True)) if layers else (0, 0)
     if not total:
@@ -95,3 +91,50 @@ def _unknown(name: str, *, words: str) -> UnknownImage:
 def check_offered(host: DockerHost, name: str) -> None:
     """Ask the image's registry, through the engine, whether it offers the image; raise DockerError when it does not."""
     host.call(f"find image {name} in a registry", host.slow_api.inspect_distribution, name)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ListedImage:
+    """An image that the engine has, with all its names."""
+
+    id: str
+    names: tuple[str, ...]
+    """With their tags; none for an image that another one of its name took the place of."""
+    labels: Mapping[str, str]
+    bytes: int
+    """Size, layers that it shares with others included."""
+    created_at: float
+    """Seconds since the epoch."""
+    in_use: bool
+    """Whether a container, running or not, was made from it."""
+
+
+def list_images(host: DockerHost) -> list[ListedImage]:
+    """Return the engine's images, but for those that are only steps towards others. Raises DockerError."""
+    rows = host.call("list images", host.api.images)
+    containers = host.call("list containers", host.api.containers, all=True)  # after: none of a listed image is missed
+    used = {container["ImageID"] for container in containers}
+    return [
+        ListedImage(
+            id=row["Id"],
+            names=tuple(tag for tag in row.get("RepoTags") or () if tag != "<none>:<none>"),
+            labels=row.get("Labels") or {},
+            bytes=int(row.get("Size") or 0),
+            created_at=float(row.get("Created") or 0),
+            in_use=row["Id"] in used,
+        )
+        for row in rows
+    ]
+
+
+def remove_image(host: DockerHost, name: str) -> bool:
+    """Take a name from an image, and remove the image with its last one; False when something uses it. Idempotent."""
+    with host.errors(f"remove the image {name}"):
+        try:
+            host.work_api.remove_image(name)
+        except APIError as error:
+            if error.status_code == HTTPStatus.CONFLICT:
+                return False
+            if error.status_code != HTTPStatus.NOT_FOUND:
+                raise
+    return True

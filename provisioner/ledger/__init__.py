@@ -9,6 +9,7 @@ from provisioner.ledger.database import Database
 from provisioner.ledger.events import Events
 from provisioner.ledger.instances import Instances
 from provisioner.ledger.leftovers import Leftovers
+from provisioner.ledger.node_images import NodeImages
 from provisioner.ledger.nodes import Nodes
 from provisioner.ledger.samples import Samples
 
@@ -22,6 +23,7 @@ class Ledger:
         self.path = database.path
         self.instances = Instances(database)
         self.nodes = Nodes(database)
+        self.node_images = NodeImages(database)
         self.events = Events(database)
         self.samples = Samples(database)
         self.leftovers = Leftovers(database)

@@ -170,6 +170,14 @@ leftovers = Table(
     Column("at", Float, nullable=False),
 )
 
+node_images = Table(
+    "node_images",
+    metadata,
+    Column("node_id", String(64), primary_key=True),
+    Column("name", String(512), primary_key=True),
+    Column("used_at", Float, nullable=False),
+)
+
 leases = Table(
     "leases",
     metadata,

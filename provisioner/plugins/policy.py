@@ -41,6 +41,9 @@ class DeletePolicy(Protocol):
     def note_leftover(self, *, urn: str, host: str, name: str) -> None:
         """Remember that something was left on a host that did not answer, to be removed when it is back."""
 
+    def note_image(self, *, node_id: str, name: str) -> None:
+        """Remember that an image was brought to a node, and may be removed there once nothing needs it."""
+
 
 class RefuseWithoutLedger:
     """The policy where no ledger is at hand: nothing that belongs to an instance is deleted."""
@@ -59,3 +62,6 @@ class RefuseWithoutLedger:
 
     def note_leftover(self, *, urn: str, host: str, name: str) -> None:
         """Forget it: there is nowhere to write it down."""
+
+    def note_image(self, *, node_id: str, name: str) -> None:
+        """Forget it: the image is never removed then."""

@@ -7,16 +7,20 @@ certificates, and by SSH.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import httpx
 import pytest
 
+from stacks.spec import BROWSER_IMAGE
 from tests.support.engines import Engine
 from tests.support.service import Service
+from tests.support.shell_image import shell_image
 from tests.support.watched import wait_until
 
 SMALL = {"memory_gb": 0.5, "cpu_cores": 1}
+T = TypeVar("T")
 NODES = ("near", "secured", "remote")
 
 
@@ -27,8 +31,16 @@ def engines() -> Iterator[Mapping[str, Engine]]:
 
 
 @pytest.fixture(scope="module")
-def service(start_service: Callable[..., Service], engines: Mapping[str, Engine]) -> Service:
+def shells(engines: Mapping[str, Engine]) -> Iterator[tuple[str, str]]:
+    """Give the names of two images that were built on one machine, and that no registry knows."""
+    with shell_image(engines["near"].client()) as listed, shell_image(engines["near"].client()) as unlisted:
+        yield listed, unlisted
+
+
+@pytest.fixture(scope="module")
+def service(start_service: Callable[..., Service], engines: Mapping[str, Engine], shells: tuple[str, str]) -> Service:
     return start_service(
+        images={"ubuntu:22.04": BROWSER_IMAGE, "shell": shells[0]},
         nodes=[engine.node(node_id) for node_id, engine in engines.items()],
         heartbeat_s=0.3,
         node_timeout_s=2,
@@ -50,13 +62,24 @@ def await_node(service: Service, node_id: str, status: str) -> dict[str, Any]:
     return wait_until(found, what=f"{node_id} is {status}")
 
 
-def traces_of(engine: Engine, service: Service) -> list[str]:
+def on_each(do: Callable[[str], T]) -> list[T]:
+    """Do something for all nodes at once, as many callers would; return what came of it, in the nodes' order."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(do, NODES))
+
+
+def container_of(instance: Mapping[str, Any], engine: Engine) -> Any:
+    (container,) = engine.client().containers.list(filters={"name": instance["id"]})
+    return container
+
+
+def traces_of(engine: Engine, service: Service, *, kind: str = "containers volumes") -> list[str]:
     """Return the names of the containers and volumes that the engine has of the service."""
     client = engine.client()
     mine = {"label": f"machineuse.cluster={service.cluster}"}
-    return [
-        thing.name for thing in (*client.containers.list(all=True, filters=mine), *client.volumes.list(filters=mine))
-    ]
+    containers = client.containers.list(all=True, filters=mine) if "containers" in kind else []
+    volumes = client.volumes.list(filters=mine) if "volumes" in kind else []
+    return [thing.name for thing in (*containers, *volumes)]
 
 
 def test_an_instance_lives_on_each_machine_and_leaves_nothing_there(
@@ -66,34 +89,51 @@ def test_an_instance_lives_on_each_machine_and_leaves_nothing_there(
     assert [(node["id"], node["status"], node["error"]) for node in nodes] == [
         (node_id, "online", None) for node_id in sorted(NODES)
     ]
-    created = {node_id: service.create(config=SMALL, node_preference=node_id) for node_id in NODES}
+    created = dict(zip(NODES, on_each(lambda node: service.create(config=SMALL, node_preference=node)), strict=True))
     for node_id, instance in created.items():
         engine = engines[node_id]
         assert instance["node_id"] == node_id
         assert engine.address in instance["urls"]["debug"]
         assert "Chrome" in browser_of(instance, engine)
-        (container,) = engine.client().containers.list(filters={"name": instance["id"]})
+        container = container_of(instance, engine)
         container.exec_run(["sh", "-c", f"echo {node_id} > /home/machine/note"])
         container.exec_run(["touch", "/opt/changed"], user="0")
 
-    for node_id, instance in created.items():
-        assert service.post(f"{instance['id']}/dormant").json()["status"] == "dormant", service.log()[-3000:]
-        assert engines[node_id].client().containers.list(all=True, filters={"name": instance["id"]}) == []
-    for node_id, method in zip(NODES, ("quick_start", "full_restore", "quick_start"), strict=True):
-        instance = created[node_id]
-        woken = service.post(f"{instance['id']}/revive", restore_method=method).json()
-        assert (woken["status"], woken["node_id"]) == ("running", node_id)
-        assert "Chrome" in browser_of(woken, engines[node_id])
-        (container,) = engines[node_id].client().containers.list(filters={"name": instance["id"]})
-        assert container.exec_run(["cat", "/home/machine/note"]).output.decode() == f"{node_id}\n"
+    for slept in on_each(lambda node: service.post(f"{created[node]['id']}/dormant").json()):
+        assert slept["status"] == "dormant"
+        assert traces_of(engines[slept["node_id"]], service, kind="containers") == []
+    methods = dict(zip(NODES, ("quick_start", "full_restore", "quick_start"), strict=True))
+    for woken in on_each(lambda node: service.post(f"{created[node]['id']}/revive", method=methods[node]).json()):
+        engine = engines[woken["node_id"]]
+        assert (woken["status"], woken["id"]) == ("running", created[woken["node_id"]]["id"])
+        assert "Chrome" in browser_of(woken, engine)
+        container = container_of(woken, engine)
+        assert container.exec_run(["cat", "/home/machine/note"]).output.decode() == f"{woken['node_id']}\n"
         assert container.exec_run(["ls", "/opt/changed"]).exit_code == 0
 
     for refresh in ((), ("--refresh",)):
         done = service.pulumi("preview", "--stack", service.cluster, "--expect-no-changes", *refresh)
         assert done.returncode == 0, done.stdout + done.stderr
-    for node_id, instance in created.items():
-        assert service.delete(instance["id"]).json() == {"message": f"Instance {instance['id']} is deleted."}
-        assert traces_of(engines[node_id], service) == []
+    for deleted in on_each(lambda node: service.delete(created[node]["id"])):
+        assert "is deleted" in deleted.json()["message"]
+    assert [traces_of(engine, service) for engine in engines.values()] == [[], [], []]
+
+
+def test_images_come_to_a_machine_before_instances_do(
+    service: Service, engines: Mapping[str, Engine], shells: tuple[str, str]
+) -> None:
+    listed, unlisted = shells
+    pulled = {urn.rpartition("::")[2] for urn in service.urns() if "NodeImage" in urn}
+    assert pulled == {f"{node}-image-{image}" for node in NODES for image in (BROWSER_IMAGE, listed)}
+    for node_id in NODES:
+        engine = engines[node_id].client()
+        assert engine.images.get(listed).id == engines["near"].client().images.get(listed).id
+        assert (engine.images.list(unlisted) != []) == (node_id == "near")
+
+    created = service.create(image=unlisted, config=SMALL, node_preference="secured")
+    assert (created["status"], created["node_id"]) == ("running", "secured")
+    assert engines["secured"].client().images.list(unlisted) != []
+    assert service.delete(created["id"]).status_code == 200
 
 
 def test_a_machine_that_is_cut_off_is_offline_and_harms_no_other(

@@ -77,6 +77,14 @@ class RestoreInputs(EndpointInputs):
         return SnapshotId(instance_id=self.instance, generation=self.snapshot_generation)
 
 
+class NodeImageInputs(EndpointInputs):
+    """Which image to have on which node, and which engines may have it."""
+
+    node_id: str
+    image: str
+    sources: tuple[EndpointInputs, ...] = ()
+
+
 class ClaimInputs(Inputs):
     """The ledger that the stack belongs to."""
 

@@ -6,13 +6,13 @@ from typing import ClassVar
 
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.plugins.base import PluginServicer
-from provisioner.plugins.machineuse import claim, restore, snapshot
+from provisioner.plugins.machineuse import claim, node_image, restore, snapshot
 from provisioner.plugins.policy import DeletePolicy
 from provisioner.snapshots.store import SnapshotStore
 
 
 class MachineusePlugin(PluginServicer):
-    """Serves `Snapshot`, `Restore` and `Claim`."""
+    """Serves `Snapshot`, `Restore`, `NodeImage` and `Claim`."""
 
     package: ClassVar[str] = "machineuse"
     version: ClassVar[str] = "0.1.0"
@@ -24,6 +24,7 @@ class MachineusePlugin(PluginServicer):
             {
                 snapshot.TYPE: snapshot.SnapshotType(store=store, hosts=hosts, policy=policy),
                 restore.TYPE: restore.RestoreType(store=store, hosts=hosts, policy=policy),
+                node_image.TYPE: node_image.NodeImageType(hosts=hosts, policy=policy),
                 claim.TYPE: claim.ClaimType(),
             },
             engine_address=engine_address,

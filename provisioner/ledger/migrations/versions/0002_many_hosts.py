@@ -22,6 +22,13 @@ def upgrade() -> None:
     op.add_column("nodes", sa.Column("availability", sa.String(length=16), server_default="active", nullable=False))
     op.add_column("nodes", sa.Column("labels", sa.JSON(), server_default="{}", nullable=False))
     op.create_table(
+        "node_images",
+        sa.Column("node_id", sa.String(length=64), nullable=False),
+        sa.Column("name", sa.String(length=512), nullable=False),
+        sa.Column("used_at", sa.Float(), nullable=False),
+        sa.PrimaryKeyConstraint("node_id", "name"),
+    )
+    op.create_table(
         "leases",
         sa.Column("name", sa.String(length=64), nullable=False),
         sa.Column("holder", sa.String(length=128), nullable=False),
@@ -66,6 +73,7 @@ def _sum_up_loads() -> None:
 def downgrade() -> None:
     op.drop_table("node_loads")
     op.drop_table("leases")
+    op.drop_table("node_images")
     for table, names in (
         ("nodes", ("labels", "availability", "offline_since")),
         ("snapshots", ("live",)),

@@ -1,0 +1,76 @@
+"""Sees to it that a node has an image before an instance needs it there: pulled, or copied from another node."""
+
+from __future__ import annotations
+
+import time
+
+import structlog
+
+from provisioner.cluster import Cluster
+from provisioner.docker_hosts.hosts import DockerHost, DockerHosts
+from provisioner.docker_hosts.images import find_image
+from provisioner.docker_hosts.transfers import bring_image
+from provisioner.errors import UnknownImage
+from provisioner.ledger import Ledger
+from provisioner.ledger.records import NodeStatus
+from provisioner.snapshots.manifest import Manifest, PartName
+from stacks.spec import NodeSpec
+
+log = structlog.get_logger(__name__)
+
+
+class ImageSupply:
+    """Brings images to a cluster's nodes, and writes down which ones."""
+
+    def __init__(self, ledger: Ledger, *, cluster: Cluster, hosts: DockerHosts) -> None:
+        self._ledger = ledger
+        self._cluster = cluster
+        self._hosts = hosts
+
+    def bring(self, node: NodeSpec, image: str, *, instance_id: str | None = None, tag: str | None = None) -> None:
+        """Return once the node has the image (a name or an id). Idempotent.
+
+        Raises UnknownImage when neither a registry nor a node that is online has it, and NodeUnreachable.
+        """
+        target = self._hosts.of(node)
+        if find_image(target, image) is not None:
+            self._ledger.node_images.note_use(node_id=node.id, name=image)
+            return
+
+        def say(message: str) -> None:
+            log.info("bringing image", node=node.id, instance=instance_id, said=message)
+            kind = message.partition("ing ")[0]  # pull, copy
+            self._ledger.events.add(kind, message=message, instance_id=instance_id, node_id=node.id)
+
+        started = time.monotonic()
+        brought = bring_image(
+            target,
+            image,
+            tag=tag,
+            sources=self._sources(node),
+            say=say,
+            report=lambda progress: log.info("bringing image", node=node.id, progress=progress),
+        )
+        for name in {image, tag or image, brought.id}:
+            self._ledger.node_images.note(node_id=node.id, name=name)
+        log.info("image brought", image=image, node=node.id, seconds=round(time.monotonic() - started, 1))
+
+    def bring_for_restore(self, node: NodeSpec, manifest: Manifest, *, image: str, instance_id: str) -> None:
+        """Return once the node has what restoring a snapshot onto it needs. Idempotent.
+
+        Changes above an image need the very image that they were made on; where nobody has that any more, the one
+        that has its name now is brought, and the restore says so. Raises UnknownImage and NodeUnreachable.
+        """
+        self.bring(node, self._cluster.helper_image, instance_id=instance_id)
+        if manifest.part(PartName.ROOTFS) is not None:
+            try:
+                self.bring(node, manifest.image.id, tag=manifest.image.reference, instance_id=instance_id)
+            except UnknownImage:
+                log.warning("original image gone", instance=instance_id, image=manifest.image.id)
+            else:
+                return
+        self.bring(node, image, instance_id=instance_id)
+
+    def _sources(self, node: NodeSpec) -> list[DockerHost]:
+        online = {known.id for known in self._ledger.nodes.list() if known.status is NodeStatus.ONLINE}
+        return [self._hosts.of(other) for other in self._cluster.nodes if other.id != node.id and other.id in online]
