@@ -79,7 +79,7 @@ def instances(data_dir: DataDir = None, cluster: Cluster = None) -> None:
     from provisioner.ledger import Ledger
 
     settings = _read_settings(data_dir=data_dir, cluster=cluster)
-    ledger = Ledger.open(settings.ledger_path)
+    ledger = Ledger.open(settings.ledger_location)
     try:
         records = ledger.instances.all()
     finally:

@@ -21,6 +21,7 @@ from starlette.routing import Match
 from provisioner.errors import (
     Conflict,
     InvalidRequest,
+    LedgerUnavailable,
     MachineuseError,
     NoCapacity,
     NodeUnreachable,
@@ -35,6 +36,7 @@ STATUS_BY_ERROR: Mapping[type[MachineuseError], HTTPStatus] = {
     Conflict: HTTPStatus.CONFLICT,
     NoCapacity: HTTPStatus.SERVICE_UNAVAILABLE,
     NodeUnreachable: HTTPStatus.SERVICE_UNAVAILABLE,
+    LedgerUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
 }
 """A class stands for its subclasses too; what is not here is our own fault: 500."""
 
@@ -52,6 +54,7 @@ CODE_BY_STATUS: Mapping[int, str] = {
 INTERNAL_CODE = MachineuseError.code
 INTERNAL_DETAIL = "Something went wrong inside the service; its log says what."
 NODE_RETRY_AFTER_S = 10
+LEDGER_RETRY_AFTER_S = 2
 
 
 class ErrorResponse(BaseModel):
@@ -119,6 +122,8 @@ async def _answer_error(request: Request, error: Exception) -> JSONResponse:
     headers = {}
     if isinstance(error, NoCapacity):
         headers["Retry-After"] = str(error.retry_after_s)
+    elif isinstance(error, LedgerUnavailable):
+        headers["Retry-After"] = str(LEDGER_RETRY_AFTER_S)
     elif status is HTTPStatus.SERVICE_UNAVAILABLE:
         headers["Retry-After"] = str(NODE_RETRY_AFTER_S)
     return error_response(status, detail=error.message, code=error.code, resolution=error.resolution, headers=headers)

@@ -62,7 +62,7 @@ class ControlPlane:
         settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         settings.data_dir.chmod(0o700)
         self.cluster = Cluster(read_cluster(settings.project_dir, cluster=settings.cluster))
-        self.ledger = Ledger.create(settings.ledger_path)
+        self.ledger = Ledger.create(settings.ledger_location)
         self.ledger.nodes.sync(self.cluster.nodes)
         self.changes = Changes()
         self.hosts = DockerHosts(timeout_s=settings.node_timeout_s)

@@ -9,22 +9,33 @@ import ipaddress
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+_POSTGRESQL = ("postgresql://", "postgres://")
 
 
 class Settings(BaseSettings):
     """Everything that can be set from outside; each field is `MACHINEUSE_<NAME>`."""
 
-    model_config = SettingsConfigDict(env_prefix="MACHINEUSE_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="MACHINEUSE_",
+        frozen=True,
+        extra="ignore",
+        hide_input_in_errors=True,  # some have passwords in them
+    )
 
     project_dir: Path = CHECKOUT
     """Where Pulumi.yaml and Pulumi.<cluster>.yaml are."""
     data_dir: Path = Path(".machineuse")
     """Everything kept on disk; relative to `project_dir`."""
     cluster: str = "local"
+    ledger: SecretStr | None = None
+    """`postgresql://user:password@host/database`, or a SQLite file's path; by default `ledger.db` in the data
+    directory. Several services on one ledger are replicas: all answer, one changes the nodes."""
+    lease_s: float = Field(default=5, ge=2)
+    """How long a replica that leads may be silent before another one takes over."""
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     tokens: tuple[SecretStr, ...] = ()
@@ -64,10 +75,22 @@ class Settings(BaseSettings):
         object.__setattr__(self, "data_dir", (self.project_dir / self.data_dir.expanduser()).resolve())
         return self
 
+    @field_validator("ledger")
+    @classmethod
+    def _check_ledger(cls, value: SecretStr | None) -> SecretStr | None:
+        url = value.get_secret_value() if value else ""
+        if "://" in url and not url.startswith(_POSTGRESQL):
+            raise ValueError("a ledger is a file's path or postgresql://user:password@host/database")
+        return value
+
     @property
-    def ledger_path(self) -> Path:
-        """Return the SQLite file of the ledger."""
-        return self.data_dir / "ledger.db"
+    def ledger_location(self) -> Path | SecretStr:
+        """Return where the ledger is: a SQLite file, or a PostgreSQL database's URL."""
+        if self.ledger is None:
+            return self.data_dir / "ledger.db"
+        if self.ledger.get_secret_value().startswith(_POSTGRESQL):
+            return self.ledger
+        return self.project_dir / Path(self.ledger.get_secret_value()).expanduser()
 
     @property
     def state_dir(self) -> Path:

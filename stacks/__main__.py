@@ -29,7 +29,7 @@ async def main() -> None:
         {"name": pulumi.get_stack(), **{k: v for k, v in fields.items() if v is not None}}
     )
     try:
-        ledger = Ledger.open(Settings().ledger_path)
+        ledger = Ledger.open(Settings().ledger_location)
     except MachineuseError as error:
         raise pulumi.RunError(error.explain()) from error
     await declare(spec, ledger_id=ledger.id, instances=specs_of(ledger.instances.all()))

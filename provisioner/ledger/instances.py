@@ -69,6 +69,7 @@ class Instances:
             connection.execute(tables.instances.insert().values(**_row(record)))
             _take_ports(connection, record, [p for p in (record.debug_port, record.stream_port) if p is not None])
             add_event(connection, kind="create", message=message, instance_id=record.id, node_id=record.node_id)
+            self._database.tell(connection, record.id)
         return record
 
     def change(self, instance_id: str, decide: Decide) -> InstanceRecord | None:
@@ -83,6 +84,7 @@ class Instances:
             if update is None:
                 return record
             _write(connection, record, update)
+            self._database.tell(connection, record.id)
             return None if update.remove else _read_one(connection, instance_id)
 
     def change_many(self, instance_ids: Sequence[str], decide: Decide) -> list[str]:
@@ -98,6 +100,7 @@ class Instances:
                     update = decide(record, lambda: _read_loads(connection))
                     if update is not None:
                         _write(connection, record, update)
+                        self._database.tell(connection, record.id)
                         changed.append(record.id)
         return changed
 

@@ -29,6 +29,6 @@ def build_plugin(package: str, *, engine_address: str) -> PluginServicer:
 
 def _open_policy(settings: Settings) -> DeletePolicy:
     try:
-        return LedgerGuard(Ledger.open(settings.ledger_path), stop_timeout_s=settings.stop_timeout_s)
+        return LedgerGuard(Ledger.open(settings.ledger_location), stop_timeout_s=settings.stop_timeout_s)
     except LedgerMismatch:
         return RefuseWithoutLedger()

@@ -8,7 +8,12 @@ from provisioner.toolchain.docker_engine import provide_docker_engine
 from provisioner.toolchain.language import find_official_language_host, provide_language_host
 from provisioner.toolchain.progress import Reporter, StepResult
 from provisioner.toolchain.pulumi_cli import provide_pulumi
-from provisioner.toolchain.test_tools import provide_puppeteer, provide_selenium_driver, provide_versitygw
+from provisioner.toolchain.test_tools import (
+    provide_postgresql,
+    provide_puppeteer,
+    provide_selenium_driver,
+    provide_versitygw,
+)
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent.parent
 
@@ -35,6 +40,8 @@ def ensure(
             provide_selenium_driver(step)
         with reporter.step("Puppeteer") as step:
             provide_puppeteer(step)
+        with reporter.step("PostgreSQL server for tests") as step:
+            provide_postgresql(step)
         with reporter.step("S3 server for tests") as step:
             provide_versitygw(step)
     with reporter.step("Browser image") as step:

@@ -7,7 +7,6 @@ import os
 import random
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import httpx
 
 from provisioner.settings import Settings
 from provisioner.toolchain.environment import environment
+from tests.support.ports import free_port
 
 ENGINE = "unix:///var/run/docker.sock"
 COMMAND = Path(sys.executable).parent / "machineuse"
@@ -208,11 +208,3 @@ class Service:
     def volumes(self) -> list[str]:
         """Return the names of the cluster's volumes."""
         return [v.name for v in self.docker.volumes.list(filters={"label": f"machineuse.cluster={self.cluster}"})]
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
