@@ -81,9 +81,8 @@ DOCUMENTED: Mapping[int, tuple[str, str]] = {
 
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return the `responses` of a route that may answer with these statuses, besides those that any route may."""
-    return {
-        status: {"$ref": f"#/components/responses/{DOCUMENTED[status][0]}"} for status in sorted({*statuses, 403, 500})
-    }
+    possible = sorted({*statuses, 403, 500, 503})
+    return {status: {"$ref": f"#/components/responses/{DOCUMENTED[status][0]}"} for status in possible}
 
 
 def error_response(

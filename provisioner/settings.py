@@ -13,7 +13,10 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+PASSPHRASE = "passphrase"
 _POSTGRESQL = ("postgresql://", "postgres://")
+_FILES = "file://"
+_STATE_SCHEMES = (_FILES, "s3://", "postgres://", "https://", "gs://", "azblob://")
 
 
 class Settings(BaseSettings):
@@ -65,6 +68,13 @@ class Settings(BaseSettings):
     cpu_overcommit: float = Field(default=16.0, gt=0)
     snapshot_keep: int = Field(default=1, ge=1)
     """How many snapshots of an instance are kept once a newer one is verified."""
+    state: SecretStr | None = None
+    """Where the Pulumi state is kept: `s3://bucket?region=…&endpoint=…&s3ForcePathStyle=true`, `postgres://…` or any
+    other URL that `pulumi login` takes; by default files in the data directory."""
+    secrets_provider: str = PASSPHRASE
+    """What encrypts secrets in the state, as `pulumi stack init` takes it: `awskms://…`, for instance."""
+    passphrase_file: Path | None = None
+    """The file of the stack's passphrase, which all replicas share; by default one in the data directory."""
     snapshot_store: str | None = None
     """A directory's path, by default `snapshots` in the data directory; or `s3://bucket/prefix?endpoint=…&region=…&sse=…`,
     with its keys where boto3 looks for them (AWS_ACCESS_KEY_ID, AWS_PROFILE, the machine's role)."""
@@ -83,6 +93,14 @@ class Settings(BaseSettings):
             raise ValueError("a ledger is a file's path or postgresql://user:password@host/database")
         return value
 
+    @field_validator("state")
+    @classmethod
+    def _check_state(cls, value: SecretStr | None) -> SecretStr | None:
+        url = value.get_secret_value() if value else _FILES + "/"
+        if not url.startswith(_STATE_SCHEMES) or (url.startswith(_FILES) and not url.startswith(f"{_FILES}/")):
+            raise ValueError(f"a state's URL begins with {', '.join(_STATE_SCHEMES)}; a file's path is absolute")
+        return value
+
     @property
     def ledger_location(self) -> Path | SecretStr:
         """Return where the ledger is: a SQLite file, or a PostgreSQL database's URL."""
@@ -93,9 +111,25 @@ class Settings(BaseSettings):
         return self.project_dir / Path(self.ledger.get_secret_value()).expanduser()
 
     @property
+    def ledger_text(self) -> str:
+        """Return where the ledger is as text, for other processes; it may have a password in it."""
+        location = self.ledger_location
+        return str(location) if isinstance(location, Path) else location.get_secret_value()
+
+    @property
+    def state_url(self) -> str:
+        """Return what PULUMI_BACKEND_URL is; it may have a password in it."""
+        return self.state.get_secret_value() if self.state else f"{_FILES}{self.data_dir / 'state'}"
+
+    @property
+    def state_is_local(self) -> bool:
+        """Say whether the Pulumi state is in files."""
+        return self.state_url.startswith(_FILES)
+
+    @property
     def state_dir(self) -> Path:
-        """Return the directory of the Pulumi state."""
-        return self.data_dir / "state"
+        """Return the directory of the Pulumi state, where it is in files."""
+        return Path(self.state_url.removeprefix(_FILES))
 
     @property
     def pulumi_home(self) -> Path:
@@ -104,7 +138,9 @@ class Settings(BaseSettings):
 
     @property
     def passphrase_path(self) -> Path:
-        """Return the file of the stack's passphrase, mode 0600."""
+        """Return the file of the stack's passphrase, mode 0600 where it is ours."""
+        if self.passphrase_file is not None:
+            return self.project_dir / self.passphrase_file.expanduser()
         return self.data_dir / "passphrase"
 
     @property

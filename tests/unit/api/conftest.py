@@ -47,6 +47,7 @@ class FakeServices:
     ledger: Ledger
     instances: InstanceService
     changes: Changes
+    is_leading: bool = True
 
     def client(self, **options: Any) -> TestClient:
         """Return a client that calls as a program on this machine does."""
