@@ -111,7 +111,7 @@ class Engine:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         if settings.secrets_provider == PASSPHRASE:
             _ensure_passphrase(settings)
-        if settings.state_is_local and self._state_file.exists():
+        if self._has_stack():
             return False
         done = self._call(
             [
@@ -119,11 +119,23 @@ class Engine:
                 *("--secrets-provider", settings.secrets_provider, "--no-select"),
             ]
         )
-        new = done.returncode == 0
-        if not new and "already exists" not in done.stderr:
+        if done.returncode != 0 and "already exists" not in done.stderr:
             raise EngineError("The Pulumi stack could not be made.", detail=done.stderr.strip())
         self._call(["stack", "select", self._stack])  # so that a plain `pulumi preview` in the checkout finds it
-        return new
+        return True
+
+    def _has_stack(self) -> bool:
+        """Say whether there is a stack already. `stack init` would say so too, but not while the stack is locked."""
+        if self._settings.state_is_local:
+            return self._state_file.exists()
+        done = self._call(["stack", "ls", "--json"])
+        if done.returncode != 0:
+            raise EngineError(
+                "The Pulumi state can't be read.",
+                detail=done.stderr.strip(),
+                resolution="Look at MACHINEUSE_STATE, and at the credentials that it needs.",
+            )
+        return any(stack["name"] == self._stack for stack in json.loads(done.stdout))
 
     @property
     def _state_file(self) -> Path:

@@ -20,14 +20,19 @@ def start_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartSer
     """Give a function that starts a service with these settings; every one is stopped and cleaned up.
 
     `node` and `images` go into the cluster's file: what its one node has beside the defaults, and the catalogue.
+    `beside` is a service whose cluster the new one has too.
     """
     started: list[Service] = []
 
     def start(
-        *, node: Mapping[str, object] | None = None, images: Mapping[str, str] | None = None, **settings: object
+        *,
+        node: Mapping[str, object] | None = None,
+        images: Mapping[str, str] | None = None,
+        beside: Service | None = None,
+        **settings: object,
     ) -> Service:
         given = {name: str(value) for name, value in settings.items()}
-        service = Service(_project(tmp_path_factory), settings=given, node=node, images=images)
+        service = Service(_project(tmp_path_factory), settings=given, node=node, images=images, beside=beside)
         started.append(service)
         service.start()
         return service

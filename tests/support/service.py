@@ -22,6 +22,7 @@ from provisioner.toolchain.environment import environment
 from tests.support.ports import free_port
 
 ENGINE = "unix:///var/run/docker.sock"
+_WHERE_THINGS_ARE = ("ledger", "state", "secrets_provider", "passphrase_file")
 COMMAND = Path(sys.executable).parent / "machineuse"
 
 
@@ -35,9 +36,11 @@ class Service:
         settings: dict[str, str],
         node: Mapping[str, object] | None = None,
         images: Mapping[str, str] | None = None,
+        beside: Service | None = None,
     ) -> None:
+        """Prepare a service in a project directory of its own; `beside` is one whose cluster it has too."""
         self.project = project
-        self.cluster = f"t{secrets.token_hex(4)}"
+        self.cluster = beside.cluster if beside else f"t{secrets.token_hex(4)}"
         self.port = free_port()
         self.log_path = project / "serve.log"
         self.docker = docker.from_env()
@@ -50,10 +53,15 @@ class Service:
             "MACHINEUSE_LOG_FORMAT": "json",
             **{f"MACHINEUSE_{name.upper()}": value for name, value in settings.items()},
         }
-        self.settings = Settings(project_dir=project, cluster=self.cluster)
+        kept = {name: value for name, value in settings.items() if name in _WHERE_THINGS_ARE}
+        self.settings = Settings.model_validate({"project_dir": project, "cluster": self.cluster, **kept})
         first = random.randrange(25000, 31000, 20)  # below the kernel's ephemeral ports; a range of its own per service
-        self.ports = range(first, first + 100)
-        self.write_cluster_file(ports={"first": first, "last": first + 99}, images=images, **(node or {}))
+        self.ports = beside.ports if beside else range(first, first + 100)
+        if beside:
+            file = f"Pulumi.{self.cluster}.yaml"
+            (project / file).write_text((beside.project / file).read_text())
+        else:
+            self.write_cluster_file(ports={"first": first, "last": first + 99}, images=images, **(node or {}))
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=120)
 
     def write_cluster_file(
@@ -92,6 +100,11 @@ class Service:
     def stop(self) -> int:
         """Ask it to stop and wait; return its exit code."""
         return self.end(signal.SIGTERM)
+
+    def signal(self, how: signal.Signals) -> None:
+        """Send it a signal and don't wait."""
+        assert self._process is not None
+        self._process.send_signal(how)
 
     def kill(self) -> int:
         """Kill it like a power cut would."""
@@ -186,6 +199,11 @@ class Service:
             timeout=60,
             check=False,
         )
+
+    def health(self) -> dict[str, Any]:
+        """Return what it says of itself."""
+        answer: dict[str, Any] = self.http.get("/health").raise_for_status().json()
+        return answer
 
     def urns(self) -> list[str]:
         """Return the URNs in the cluster's stack."""
