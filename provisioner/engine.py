@@ -33,7 +33,7 @@ from pulumi.runtime.proto import language_pb2, language_pb2_grpc
 
 from provisioner.errors import EngineError, SettingsError, StackLocked
 from provisioner.lease import Lease
-from provisioner.settings import PASSPHRASE, Settings
+from provisioner.settings import Settings
 from provisioner.stack_locks import StackLock, is_abandoned, read_locks
 from provisioner.toolchain.environment import environment
 from provisioner.toolchain.pulumi_cli import require_pulumi
@@ -46,6 +46,8 @@ Program = Callable[[], Awaitable[None]]
 LOCK_WAIT_S = 120.0
 """How long an update waits for somebody else's (an operator's `pulumi up`) to end."""
 
+_NOT_KNOWN = "PULUMI_ACCESS_TOKEN"
+"""A URL that it knows nothing of, the CLI takes for that of a Pulumi Cloud."""
 _LOCKED = "the stack is currently locked"
 _UPDATE_FAILED = "update failed"
 
@@ -109,7 +111,7 @@ class Engine:
         directories = [settings.data_dir, settings.pulumi_home]
         for directory in [*directories, settings.state_dir] if settings.state_is_local else directories:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if settings.secrets_provider == PASSPHRASE:
+        if settings.needs_passphrase:
             _ensure_passphrase(settings)
         if self._has_stack():
             return False
@@ -129,6 +131,13 @@ class Engine:
         if self._settings.state_is_local:
             return self._state_file.exists()
         done = self._call(["stack", "ls", "--json"])
+        kind = self._settings.state_url.partition(":")[0]
+        if done.returncode != 0 and kind != "https" and _NOT_KNOWN in done.stderr:
+            raise EngineError(
+                f"This Pulumi CLI can't keep state at {kind}:// URLs.",
+                detail=f"{self._cli}: {done.stderr.strip()}",
+                resolution="Choose another MACHINEUSE_STATE, or put a newer `pulumi` on PATH.",
+            )
         if done.returncode != 0:
             raise EngineError(
                 "The Pulumi state can't be read.",

@@ -72,6 +72,7 @@ class Replica:
 
         Raises LedgerUnavailable and, where it leads, what `ControlPlane.start` raises.
         """
+        self._warn_of_what_is_not_shared()
         if self._listener is not None:
             self._listener.start()
         if self._lease.seek():
@@ -94,6 +95,17 @@ class Replica:
             self._listener.stop()
         self._hosts.close()
         self.ledger.close()
+
+    def _warn_of_what_is_not_shared(self) -> None:
+        settings = self.settings
+        own = {
+            "MACHINEUSE_STATE": settings.state is None,
+            "MACHINEUSE_PASSPHRASE_FILE": settings.needs_passphrase and settings.passphrase_file is None,
+            "MACHINEUSE_SNAPSHOT_STORE": settings.snapshot_store is None,
+        }
+        if settings.ledger is not None and any(own.values()):
+            names = [name for name, is_own in own.items() if is_own]
+            log.warning("other services on this ledger would not find what this one keeps for itself", unset=names)
 
     def _run(self) -> None:
         while not self._stopping.is_set():

@@ -72,7 +72,8 @@ class Settings(BaseSettings):
     """Where the Pulumi state is kept: `s3://bucket?region=…&endpoint=…&s3ForcePathStyle=true`, `postgres://…` or any
     other URL that `pulumi login` takes; by default files in the data directory."""
     secrets_provider: str = PASSPHRASE
-    """What encrypts secrets in the state, as `pulumi stack init` takes it: `awskms://…`, for instance."""
+    """What encrypts secrets in the state, as `pulumi stack init` takes it: `awskms://…`, for instance. When the stack
+    is made, what belongs to that is written into `Pulumi.<cluster>.yaml`."""
     passphrase_file: Path | None = None
     """The file of the stack's passphrase, which all replicas share; by default one in the data directory."""
     snapshot_store: str | None = None
@@ -135,6 +136,11 @@ class Settings(BaseSettings):
     def pulumi_home(self) -> Path:
         """Return the PULUMI_HOME of our own."""
         return self.data_dir / "pulumi-home"
+
+    @property
+    def needs_passphrase(self) -> bool:
+        """Say whether a passphrase encrypts the secrets in the state."""
+        return self.secrets_provider == PASSPHRASE
 
     @property
     def passphrase_path(self) -> Path:

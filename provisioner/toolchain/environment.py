@@ -27,7 +27,7 @@ def environment(settings: Settings) -> dict[str, str]:
         "PATH": _path_with(cli),
         "PULUMI_HOME": str(settings.pulumi_home),
         "PULUMI_BACKEND_URL": settings.state_url,
-        "PULUMI_CONFIG_PASSPHRASE_FILE": str(settings.passphrase_path),
+        **({"PULUMI_CONFIG_PASSPHRASE_FILE": str(settings.passphrase_path)} if settings.needs_passphrase else {}),
         # Both packages of the program are served by plugins of the project. Without this the engine asks the internet
         # for their newest versions, at 0.8 s an update. Somebody who wants the official plugin sets it to false.
         "PULUMI_DISABLE_AUTOMATIC_PLUGIN_ACQUISITION": os.environ.get(

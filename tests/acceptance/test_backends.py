@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Callable, Iterator
 from urllib.parse import quote
 
@@ -83,6 +85,28 @@ def test_the_lock_of_an_update_that_was_killed_is_removed(kept: tuple[Service, L
     service.start()
     assert service.wait_for(instance["id"], "running", timeout_s=60)["id"] == instance["id"]
     assert "removed the lock of an update that was killed" in service.log()
+    assert service.delete(instance["id"], force=True).status_code == 200
+
+
+def test_the_lock_of_an_earlier_leader_elsewhere_is_removed_and_nobody_else_s(
+    on_postgres: tuple[Service, Locks],
+) -> None:
+    service, locks = on_postgres
+    with psycopg.connect(service.settings.state_url) as state:
+        (key,) = state.execute("SELECT key FROM pulumi_state WHERE key LIKE '%/stacks/%.json'").fetchone() or ("",)
+        place = key.replace("/stacks/", "/locks/organization/").removesuffix(".json")
+        lock = {"pid": 7, "username": "x", "hostname": "far-away", "timestamp": "2026-01-01T00:00:00Z"}
+        data = json.dumps({"data": base64.b64encode(json.dumps(lock).encode()).decode()})
+        state.execute("INSERT INTO pulumi_state (key, data) VALUES (%s, %s)", [f"{place}/foreign.json", data])
+    instance = service.create(config=SMALL, wait_s=2)
+    assert instance["status"] == "creating"  # the lock may be an operator's, who works there
+    assert locks() == [f"{place}/foreign.json"]
+    with psycopg.connect(service.settings.ledger_text) as ledger:
+        (runs,) = ledger.execute("SELECT value FROM facts WHERE name = 'cli_runs'").fetchone() or ("{}",)
+        runs = json.dumps({"far-away|6|m|1": ["far-away", 7], **json.loads(runs)})
+        ledger.execute("UPDATE facts SET value = %s WHERE name = 'cli_runs'", [runs])
+    assert service.wait_for(instance["id"], "running", timeout_s=60)
+    wait_until(lambda: not locks(), what="no lock")
     assert service.delete(instance["id"], force=True).status_code == 200
 
 
