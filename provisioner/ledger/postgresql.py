@@ -35,8 +35,9 @@ LOCK_TIMEOUT_S = 30
 
 _CHANNEL = "machineuse"
 _WRITER_LOCK = 0x6D616368  # "mach": told from other programs' locks in the same database by chance only
-_LISTEN_S = 1.0
+_LISTEN_S = 0.2
 """How long one wait for news lasts; the thread looks at this interval whether it should end."""
+_RECONNECT_S = 1.0
 
 
 def make_engine(url: SecretStr) -> sa.Engine:
@@ -102,7 +103,7 @@ class Listener:
         """End the thread."""
         self._stopping.set()
         if self._thread.is_alive():
-            self._thread.join(2 * _LISTEN_S)
+            self._thread.join(_RECONNECT_S)
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -110,7 +111,7 @@ class Listener:
                 self._listen()
             except psycopg.Error as error:
                 log.warning("not told of changes", error=" ".join(str(error).split()))
-                self._stopping.wait(_LISTEN_S)
+                self._stopping.wait(_RECONNECT_S)
 
     def _listen(self) -> None:
         arguments, options = self._engine.dialect.create_connect_args(self._engine.url)
