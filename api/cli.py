@@ -79,7 +79,7 @@ def instances(data_dir: DataDirOption = None, cluster: ClusterOption = None) -> 
     from provisioner.ledger import Ledger
 
     settings = read_settings(data_dir=data_dir, cluster=cluster)
-    ledger = Ledger.open(settings.ledger_path)
+    ledger = Ledger.open(settings.ledger_location)
     try:
         records = ledger.instances.all()
     finally:

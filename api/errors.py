@@ -21,6 +21,7 @@ from starlette.routing import Match
 from provisioner.errors import (
     Conflict,
     InvalidRequest,
+    LedgerUnavailable,
     MachineuseError,
     NoCapacity,
     NodeUnreachable,
@@ -35,6 +36,7 @@ STATUS_BY_ERROR: Mapping[type[MachineuseError], HTTPStatus] = {
     Conflict: HTTPStatus.CONFLICT,
     NoCapacity: HTTPStatus.SERVICE_UNAVAILABLE,
     NodeUnreachable: HTTPStatus.SERVICE_UNAVAILABLE,
+    LedgerUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
 }
 """A class stands for its subclasses too; what is not here is our own fault: 500."""
 
@@ -52,6 +54,7 @@ CODE_BY_STATUS: Mapping[int, str] = {
 INTERNAL_CODE = MachineuseError.code
 INTERNAL_DETAIL = "Something went wrong inside the service; its log says what."
 NODE_RETRY_AFTER_S = 10
+LEDGER_RETRY_AFTER_S = 2
 
 
 class ErrorResponse(BaseModel):
@@ -78,9 +81,8 @@ DOCUMENTED: Mapping[int, tuple[str, str]] = {
 
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return the `responses` of a route that may answer with these statuses, besides those that any route may."""
-    return {
-        status: {"$ref": f"#/components/responses/{DOCUMENTED[status][0]}"} for status in sorted({*statuses, 403, 500})
-    }
+    possible = sorted({*statuses, 403, 500, 503})
+    return {status: {"$ref": f"#/components/responses/{DOCUMENTED[status][0]}"} for status in possible}
 
 
 def error_response(
@@ -119,6 +121,8 @@ async def _answer_error(request: Request, error: Exception) -> JSONResponse:
     headers = {}
     if isinstance(error, NoCapacity):
         headers["Retry-After"] = str(error.retry_after_s)
+    elif isinstance(error, LedgerUnavailable):
+        headers["Retry-After"] = str(LEDGER_RETRY_AFTER_S)
     elif status is HTTPStatus.SERVICE_UNAVAILABLE:
         headers["Retry-After"] = str(NODE_RETRY_AFTER_S)
     return error_response(status, detail=error.message, code=error.code, resolution=error.resolution, headers=headers)

@@ -236,7 +236,7 @@ def _ledger(settings: Settings) -> Iterator[Ledger | None]:
     from provisioner.ledger import Ledger
 
     try:
-        ledger = Ledger.open(settings.ledger_path)
+        ledger = Ledger.open(settings.ledger_location)
     except LedgerMismatch:
         yield None
         return

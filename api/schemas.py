@@ -58,6 +58,11 @@ class HealthResponse(_Answer):
     running_instances: int = Field(description="Running and idle ones.", examples=[12])
     nodes_count: int
     nodes_online: int
+    leader: str | None = Field(
+        description="Which of the services on this ledger changes the nodes, by host and process id; null while one"
+        " takes over from another."
+    )
+    leading: bool = Field(description="Whether that is the one that answers.")
 
 
 class InstanceConfig(_Request):

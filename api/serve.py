@@ -1,8 +1,9 @@
-"""Runs the service: port, data directory, control plane, web server; and stops them in the reverse order.
+"""Runs the service: port, data directory, replica, web server; and stops them in the reverse order.
 
 What can be refused is refused before anything is started: settings, a busy port, a second service on the same data
 directory. On SIGTERM or SIGINT the server stops accepting, calls that wait answer with what is true by then, and the
-control plane finishes the update under way. A second signal ends the process at once; nothing is lost by that either.
+control plane, where this replica leads, finishes the update under way. A second signal ends the process at once;
+nothing is lost by that either.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from api.app import create_app
 from api.auth import check_binding
 from api.logs import configure_logs
 from api.ports import bind_port
-from provisioner.control_plane import ControlPlane
 from provisioner.errors import SetupError
+from provisioner.replica import Replica
 from provisioner.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -47,14 +48,14 @@ def serve(settings: Settings) -> None:
     with only_service(settings.data_dir):
         configure_logs(log_format=settings.log_format, directory=settings.data_dir / "logs")
         log.info("starting", cluster=settings.cluster, data_dir=str(settings.data_dir))
-        control_plane = ControlPlane(settings)
-        server = _Server(create_app(control_plane), host=settings.host, port=port)
+        replica = Replica(settings)
+        server = _Server(create_app(replica), host=settings.host, port=port)
         try:
-            control_plane.start()
+            replica.start()
             server.run(sockets)
         finally:
             log.info("stopping")
-            control_plane.stop(timeout_s=STOP_S)
+            replica.stop(timeout_s=STOP_S)
             log.info("stopped")
 
 

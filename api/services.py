@@ -13,7 +13,7 @@ from provisioner.settings import Settings
 
 
 class Services(Protocol):
-    """The parts that request handlers use; the control plane has them all."""
+    """The parts that request handlers use; a replica has them all."""
 
     @property
     def settings(self) -> Settings:
@@ -30,6 +30,10 @@ class Services(Protocol):
     @property
     def instances(self) -> InstanceService:
         """Return the verbs, which every changing handler calls."""
+
+    @property
+    def is_leading(self) -> bool:
+        """Say whether this is the replica that changes the nodes."""
 
 
 def _of_request(request: Request) -> Services:

@@ -79,7 +79,7 @@ def _encrypted_with(settings: Settings, key_id: int) -> list[str]:
     from provisioner.ledger import Ledger
     from provisioner.snapshots.location import open_store
 
-    ledger, store = Ledger.open(settings.ledger_path), open_store(settings)
+    ledger, store = Ledger.open(settings.ledger_location), open_store(settings)
     try:
         manifests = [manifest for record in ledger.instances.all() for manifest in store.list(record.id)]
     finally:

@@ -28,6 +28,13 @@ class Changes:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(event.set)
 
+    def notify_all(self) -> None:
+        """Wake everybody who waits for anything."""
+        with self._lock:
+            waited_for = list(self._waiters)
+        for instance_id in waited_for:
+            self.notify(instance_id)
+
     @contextlib.contextmanager
     def subscribe(self, instance_id: str) -> Iterator[asyncio.Event]:
         """Give an event that is set whenever the instance changes; its reader clears it."""

@@ -1,8 +1,10 @@
-"""The service without its front door: joins ledger, plugins, engine, converger and watchers, and runs them.
+"""What makes the wishes in the ledger come true: joins plugins, engine, converger and watchers, and runs them.
 
-Start, in this order: ledger, first heartbeat (so nodes are known), plugins, engine, the stack's own resources, loops.
-Stop, in the reverse order; an update under way is waited for. A kill at any point loses nothing: everything that was
-wished is in the ledger, and the next start goes on from there.
+One process at a time has it, the one that holds the lease (see replica.py); no step begins without that.
+
+Start, in this order: first heartbeat (so nodes are known), plugins, engine, the stack's own resources, loops. Stop, in
+the reverse order; an update under way is waited for. A kill at any point loses nothing: everything that was wished is
+in the ledger, and the next start goes on from there.
 """
 
 from __future__ import annotations
@@ -15,17 +17,18 @@ import structlog
 
 from provisioner.changes import RECHECK_S, Changes
 from provisioner.cluster import Cluster
-from provisioner.clusterfile import read_cluster
-from provisioner.converger import GATHER_S, Converger
+from provisioner.converger import GATHER_S, Converger, Work
 from provisioner.disk import DiskWatch
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.engine import Engine
+from provisioner.errors import LeaseLost
 from provisioner.guard import LedgerGuard
 from provisioner.health import NodeHealth
 from provisioner.idle import IdleWatch
 from provisioner.image_gc import ImageGc
-from provisioner.images import ImageCatalogue
+from provisioner.lease import Lease
 from provisioner.ledger import Ledger
+from provisioner.ledger.records import InstanceRecord
 from provisioner.live_snapshots import LiveSnapshots
 from provisioner.loops import Loop
 from provisioner.metrics import Sampler
@@ -39,7 +42,8 @@ from provisioner.reload import LOOK_EVERY_S, Reload
 from provisioner.repair import Repair
 from provisioner.service import InstanceService
 from provisioner.settings import Settings
-from provisioner.snapshots.location import open_store
+from provisioner.snapshots.store import SnapshotStore
+from provisioner.states import Wanted
 
 log = structlog.get_logger(__name__)
 
@@ -51,21 +55,33 @@ ABANDONED_AFTER = timedelta(days=1)
 
 
 class ControlPlane:
-    """One cluster's control plane in this process."""
+    """One cluster's control plane in this process, for as long as it leads: made and started once."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        cluster: Cluster,
+        ledger: Ledger,
+        hosts: DockerHosts,
+        store: SnapshotStore,
+        instances: InstanceService,
+        changes: Changes,
+        lease: Lease,
+    ) -> None:
+        """Work with the parts that the process has anyway, while the `lease` is held."""
         self.settings = settings
-        settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        settings.data_dir.chmod(0o700)
-        self.cluster = Cluster(read_cluster(settings.project_dir, cluster=settings.cluster))
-        self.ledger = Ledger.create(settings.ledger_path)
-        self.changes = Changes()
-        self.hosts = DockerHosts(base_dir=settings.project_dir, timeout_s=settings.node_timeout_s)
+        self.cluster = cluster
+        self.ledger = ledger
+        self.hosts = hosts
+        self.store = store
+        self.instances = instances
+        self.changes = changes
+        self._lease = lease
         self._reload = Reload(
             self.ledger, cluster=self.cluster, settings=settings, hosts=self.hosts, changes=self.changes
         )
         self._reload.sync()
-        self.store = open_store(settings)
         guard = LedgerGuard(self.ledger, stop_timeout_s=settings.stop_timeout_s)
         docker = DockerProvider(hosts=self.hosts, policy=guard)
         self._plugins = PluginHost([docker, MachineusePlugin(store=self.store, hosts=self.hosts, policy=guard)])
@@ -77,15 +93,6 @@ class ControlPlane:
             settings=settings,
             changes=self.changes,
             docker=docker,
-        )
-        catalogue = ImageCatalogue(self.cluster, hosts=self.hosts)
-        self.instances = InstanceService(
-            self.ledger,
-            cluster=self.cluster,
-            settings=settings,
-            catalogue=catalogue,
-            changes=self.changes,
-            kill=self._preparation.kill,
         )
         self._nodes = NodeHealth(
             self.ledger, cluster=self.cluster, hosts=self.hosts, settings=settings, changes=self.changes
@@ -104,8 +111,10 @@ class ControlPlane:
         live = LiveSnapshots(self.ledger, cluster=self.cluster, settings=settings, changes=self.changes)
         sampler = Sampler(self.ledger, cluster=self.cluster, hosts=self.hosts)
         image_gc = ImageGc(self.ledger, cluster=self.cluster, hosts=self.hosts, store=self.store)
+        self._killed: set[str] = set()
         self._loops = [
             Loop("cluster file", self._reload.step, every_s=LOOK_EVERY_S),
+            Loop("kills", self._kill_forced, every_s=RECHECK_S),
             Loop("heartbeat", self._nodes.step, every_s=settings.heartbeat_s),
             Loop("readiness", self._readiness.step, every_s=settings.heartbeat_s),
             Loop("repair", self._repair.step, every_s=settings.heartbeat_s),
@@ -119,6 +128,8 @@ class ControlPlane:
             Loop("images", image_gc.step, every_s=IMAGE_GC_EVERY_S),
             Loop("events", self.ledger.events.prune, every_s=PRUNE_EVERY_S),
         ]
+        for loop in self._loops:
+            loop.only_while(lambda: lease.is_held)
         self._stopping = threading.Event()
         self._worker = threading.Thread(target=self._converge, name="machineuse-converger", daemon=True)
 
@@ -130,7 +141,7 @@ class ControlPlane:
         started = time.monotonic()
         self._nodes.beat_once()
         self._plugins.start()
-        self._engine = Engine(self.settings, debug_providers=self._plugins.debug_providers)
+        self._engine = Engine(self.settings, debug_providers=self._plugins.debug_providers, lease=self._lease)
         self._reload.apply_all(self._engine)
         self._converger = Converger(
             self.ledger,
@@ -139,8 +150,8 @@ class ControlPlane:
             engine=self._engine,
             changes=self.changes,
             await_ready=self._readiness.watch,
-            prepare=self._preparation.prepare,
-            sweep=self._preparation.sweep,
+            prepare=self._prepare,
+            sweep=self._sweep,
         )
         self._readiness.start()
         self._worker.start()
@@ -165,15 +176,41 @@ class ControlPlane:
         self._plugins.stop()
         self._nodes.close()
         self._repair.close()
-        self.hosts.close()
-        self.ledger.close()
         log.info("control plane stopped")
+
+    def abort(self) -> None:
+        """Kill the update under way: the lease is over. What it did, the next leader finds."""
+        if self._engine is not None:
+            self._engine.abort()
+
+    def kill(self, record: InstanceRecord) -> None:
+        """Kill an instance's container now; nothing waits for this."""
+        self._preparation.kill(record)
+
+    def _kill_forced(self) -> None:
+        """Kill what is to be deleted at once by a wish that another replica, or an earlier leader, has taken."""
+        forced = {r.id: r for r in self.ledger.instances.unsettled() if r.wanted is Wanted.ABSENT and r.force}
+        for instance_id in forced.keys() - self._killed:
+            self.kill(forced[instance_id])
+        self._killed = set(forced)
+
+    def _prepare(self, work: Work) -> bool:
+        self._lease.check()
+        return self._preparation.prepare(work)
+
+    def _sweep(self, record: InstanceRecord) -> None:
+        self._lease.check()  # a leader that was frozen here would remove what another one has made since
+        self._preparation.sweep(record)
 
     def _converge(self) -> None:
         assert self._converger is not None
         while not self._stopping.is_set():
             try:
+                self._lease.check()
                 due_s = self._converger.step()
+            except LeaseLost as error:
+                log.warning("converger stopped", error=error.message)
+                due_s = RECOVER_S
             except Exception as error:  # the outermost frame of the thread: it must survive anything
                 log.error("converger failed", error=str(error), exc_info=error)
                 due_s = RECOVER_S

@@ -31,7 +31,15 @@ from provisioner import lifecycle
 from provisioner.changes import Changes
 from provisioner.cluster import Cluster
 from provisioner.engine import Program, UpdateResult
-from provisioner.errors import DockerNotFound, EngineError, MachineuseError, PortTaken, SnapshotFailed, StackLocked
+from provisioner.errors import (
+    DockerNotFound,
+    EngineError,
+    LeaseLost,
+    MachineuseError,
+    PortTaken,
+    SnapshotFailed,
+    StackLocked,
+)
 from provisioner.ledger import Ledger
 from provisioner.ledger.instances import LoadReader, Update
 from provisioner.ledger.records import InstanceRecord, NodeStatus
@@ -151,7 +159,8 @@ class Converger:
     def step(self) -> float | None:
         """Run an update of what is due; return in how many seconds something is due again, None when nothing is.
 
-        Repairs have an update of their own, and so has one suspect.
+        Repairs have an update of their own, and so has one suspect. Raises LeaseLost, and nothing is recorded of what
+        became of an update that outlived its lease: whoever leads now finds the work again.
         """
         now = time.time()
         planned = self._leave_out_silent_nodes(
@@ -213,6 +222,8 @@ class Converger:
     def _is_prepared(self, work: Work) -> bool:
         try:
             return self._prepare(work)
+        except LeaseLost:
+            raise  # no failure of the step: somebody else takes it
         except MachineuseError as error:
             self._record_failure(work, error)
             return False
@@ -301,6 +312,8 @@ class Converger:
         try:
             if not body <= result.deleted:
                 self._sweep(record)
+        except LeaseLost:
+            raise
         except MachineuseError as error:
             self._retry(work, error)
             return False

@@ -5,36 +5,36 @@ long as the engine object, so nothing has to start but the CLI itself; the CLI f
 process (`PULUMI_DEBUG_PROVIDERS`). What happened is read from the event log that the CLI writes.
 
 State is saved once, at the end of an update. An update that is killed leaves its lock and an unchanged state: the next
-one removes the lock of a process that is gone, and the plugins adopt what was made already.
+one removes the lock of a process that is gone, and the plugins adopt what was made already. Nothing is started without
+the lease, and an update that outlives it is killed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
-import socket
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import grpc
-import psutil
 import structlog
 from pulumi.automation._server import LanguageServer
 from pulumi.runtime.proto import language_pb2, language_pb2_grpc
 
-from provisioner.errors import EngineError, StackLocked
+from provisioner.errors import EngineError, SettingsError, StackLocked
+from provisioner.lease import Lease
 from provisioner.settings import Settings
+from provisioner.stack_locks import StackLock, is_abandoned, read_locks
 from provisioner.toolchain.environment import environment
 from provisioner.toolchain.pulumi_cli import require_pulumi
 from stacks.names import PROJECT
@@ -46,9 +46,8 @@ Program = Callable[[], Awaitable[None]]
 LOCK_WAIT_S = 120.0
 """How long an update waits for somebody else's (an operator's `pulumi up`) to end."""
 
-CLOCK_SLACK_S = 5.0
-"""How exactly the time of a lock and that of a process's start can be compared."""
-
+_NOT_KNOWN = "PULUMI_ACCESS_TOKEN"
+"""A URL that it knows nothing of, the CLI takes for that of a Pulumi Cloud."""
 _LOCKED = "the stack is currently locked"
 _UPDATE_FAILED = "update failed"
 
@@ -69,8 +68,10 @@ class UpdateResult:
 class Engine:
     """One stack's engine. One update at a time; callers queue."""
 
-    def __init__(self, settings: Settings, *, debug_providers: str) -> None:
+    def __init__(self, settings: Settings, *, debug_providers: str, lease: Lease) -> None:
+        """Run updates with the plugins at `debug_providers`, as long as the `lease` is held."""
         self._settings = settings
+        self._lease = lease
         self._stack = settings.cluster
         self._cli = require_pulumi()
         self._lock = threading.Lock()
@@ -92,29 +93,58 @@ class Engine:
 
     def close(self) -> None:
         """Stop the language server, and the CLI if one still runs."""
+        self.abort()
+        self._server.stop(grace=0).wait()
+
+    def abort(self) -> None:
+        """Kill the CLI if one runs: the lease is over."""
         process = self._process
         if process is not None and process.poll() is None:
             process.kill()
-        self._server.stop(grace=0).wait()
 
     def ensure_stack(self) -> bool:
-        """Make passphrase, state and stack where they are missing; return whether the stack is new. Idempotent."""
+        """Make passphrase, state and stack where they are missing; return whether the stack is new. Idempotent.
+
+        Raises EngineError, and SettingsError for a passphrase file that should be there and is not.
+        """
         settings = self._settings
-        for directory in (settings.data_dir, settings.state_dir, settings.pulumi_home):
+        directories = [settings.data_dir, settings.pulumi_home]
+        for directory in [*directories, settings.state_dir] if settings.state_is_local else directories:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not settings.passphrase_path.exists():
-            # Written aside and renamed: a crash never leaves half a passphrase.
-            draft = settings.passphrase_path.with_suffix(".new")
-            draft.touch(mode=0o600)
-            draft.write_text(secrets.token_urlsafe(32))
-            draft.rename(settings.passphrase_path)
-        if self._state_file.exists():
+        if settings.needs_passphrase:
+            _ensure_passphrase(settings)
+        if self._has_stack():
             return False
-        done = self._call(["stack", "init", "--stack", self._stack, "--secrets-provider", "passphrase", "--no-select"])
+        done = self._call(
+            [
+                *("stack", "init", "--stack", self._stack),
+                *("--secrets-provider", settings.secrets_provider, "--no-select"),
+            ]
+        )
         if done.returncode != 0 and "already exists" not in done.stderr:
             raise EngineError("The Pulumi stack could not be made.", detail=done.stderr.strip())
         self._call(["stack", "select", self._stack])  # so that a plain `pulumi preview` in the checkout finds it
         return True
+
+    def _has_stack(self) -> bool:
+        """Say whether there is a stack already. `stack init` would say so too, but not while the stack is locked."""
+        if self._settings.state_is_local:
+            return self._state_file.exists()
+        done = self._call(["stack", "ls", "--json"])
+        kind = self._settings.state_url.partition(":")[0]
+        if done.returncode != 0 and kind != "https" and _NOT_KNOWN in done.stderr:
+            raise EngineError(
+                f"This Pulumi CLI can't keep state at {kind}:// URLs.",
+                detail=f"{self._cli}: {done.stderr.strip()}",
+                resolution="Choose another MACHINEUSE_STATE, or put a newer `pulumi` on PATH.",
+            )
+        if done.returncode != 0:
+            raise EngineError(
+                "The Pulumi state can't be read.",
+                detail=done.stderr.strip(),
+                resolution="Look at MACHINEUSE_STATE, and at the credentials that it needs.",
+            )
+        return any(stack["name"] == self._stack for stack in json.loads(done.stdout))
 
     @property
     def _state_file(self) -> Path:
@@ -131,8 +161,8 @@ class Engine:
             while True:
                 try:
                     return self._update(program, targets=targets, refresh=refresh)
-                except StackLocked:
-                    if self._break_dead_lock():
+                except StackLocked as error:
+                    if self._break_dead_locks(error.detail or ""):
                         continue
                     if time.monotonic() > deadline:
                         raise
@@ -151,6 +181,7 @@ class Engine:
             for urn in targets:
                 arguments += ["--target", urn]
             done = self._call(arguments)
+            self._lease.check()  # another one may lead by now: what became of this update is no news any more
             result = read_events(events, duration_s=time.monotonic() - started)
         if _LOCKED in done.stderr:
             raise StackLocked(
@@ -178,7 +209,8 @@ class Engine:
         """Run the CLI to its end. It dies with us: a CLI without its plugins could only do harm."""
         die_with_us = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
         command = [*die_with_us, str(self._cli), *arguments, "--non-interactive", "--color", "never"]
-        self._process = subprocess.Popen(
+        self._lease.check()
+        process = self._process = subprocess.Popen(
             command,
             cwd=self._settings.project_dir,
             env=self._environment,
@@ -188,20 +220,28 @@ class Engine:
             text=True,
             start_new_session=True,  # Ctrl-C is for us; we let a running update end
         )
-        out, err = self._process.communicate()
-        return subprocess.CompletedProcess(command, self._process.returncode, out, err)
+        with self._lease.running(process.pid, noted=not self._settings.state_is_local):
+            out, err = process.communicate()
+        out, err = _without_passwords(out), _without_passwords(err)
+        return subprocess.CompletedProcess(command, process.returncode, out, err)
 
-    def _break_dead_lock(self) -> bool:
+    def _break_dead_locks(self, said: str) -> bool:
         """Remove the locks that are abandoned; return whether there were any."""
-        broken = False
-        for path in (self._settings.state_dir / ".pulumi" / "locks").rglob("*.json"):
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                owner = json.loads(path.read_text())
-                if is_abandoned(owner):
-                    path.unlink(missing_ok=True)
-                    log.warning("removed the lock of an update that was killed", pid=owner["pid"])
-                    broken = True
-        return broken
+        locks = read_locks(said)
+        dead = [lock for lock in locks if self._is_dead(lock)]
+        if self._settings.state_is_local:
+            for lock in dead:
+                lock.path.unlink(missing_ok=True)
+        elif not dead or len(dead) < len(locks):
+            return False  # the CLI can only remove all of them
+        else:
+            self._call(["cancel", "--yes", "--stack", self._stack])
+        for lock in dead:
+            log.warning("removed the lock of an update that was killed", host=lock.host, pid=lock.pid)
+        return bool(dead)
+
+    def _is_dead(self, lock: StackLock) -> bool:
+        return is_abandoned(lock) or self._lease.was_run_before(host=lock.host, pid=lock.pid)
 
 
 class _Languages(LanguageServer):
@@ -214,20 +254,28 @@ class _Languages(LanguageServer):
             return language_pb2.RunResponse()
 
 
+def _ensure_passphrase(settings: Settings) -> None:
+    path = settings.passphrase_path
+    if path.exists():
+        return
+    if settings.passphrase_file is not None:
+        raise SettingsError(
+            f"MACHINEUSE_PASSPHRASE_FILE: there is no file {path}.",
+            resolution="Put one line with a long secret there, the same one for all services on this cluster.",
+        )
+    # Written aside and renamed: a crash never leaves half a passphrase.
+    draft = path.with_suffix(".new")
+    draft.touch(mode=0o600)
+    draft.write_text(secrets.token_urlsafe(32))
+    draft.rename(path)
+
+
+def _without_passwords(said: str) -> str:
+    return re.sub(r"(\w://[^/\s:@]*):[^/\s@]+@", r"\1:****@", said)
+
+
 async def _no_program() -> None:
     raise EngineError("No program was set.")
-
-
-def is_abandoned(lock: Mapping[str, Any]) -> bool:
-    """Say whether a lock, as the CLI writes it, was taken by a process of this machine that is gone."""
-    if lock["hostname"] != socket.gethostname():
-        return False
-    taken_at = datetime.fromisoformat(lock["timestamp"]).timestamp()
-    try:
-        # Numbers are given again, soon after a reboot above all: whoever began later did not take the lock.
-        return psutil.Process(int(lock["pid"])).create_time() > taken_at + CLOCK_SLACK_S
-    except psutil.NoSuchProcess:
-        return True
 
 
 def read_events(path: Path, *, duration_s: float) -> UpdateResult | None:

@@ -158,6 +158,18 @@ class LedgerMismatch(MachineuseError):
     code = "ledger_mismatch"
 
 
+class LedgerUnavailable(MachineuseError):
+    """The ledger's database can't be reached now; what is to be written may or may not have been."""
+
+    code = "ledger_unavailable"
+
+
+class LeaseLost(MachineuseError):
+    """This process does not lead any more: another one may, and changes the nodes."""
+
+    code = "lease_lost"
+
+
 class StillWanted(MachineuseError):
     """A plugin was asked to delete something that the ledger wants alive."""
 

@@ -24,8 +24,13 @@ class Loop:
         self.name = name
         self._step = step
         self._every_s = every_s
+        self._may_run: Callable[[], bool] = lambda: True
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
+
+    def only_while(self, may_run: Callable[[], bool]) -> None:
+        """Pass over every step for which `may_run` says no."""
+        self._may_run = may_run
 
     def start(self) -> None:
         """Start the thread; the first step runs at once."""
@@ -51,7 +56,8 @@ class Loop:
         while not self._stopping.is_set():
             began = time.monotonic()
             try:
-                self._step()
+                if self._may_run():
+                    self._step()
                 failures = 0
             except MachineuseError as error:
                 failures += 1

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
+from tests.support.postgres import PostgresServer
 from tests.support.service import Service
 
 StartService = Callable[..., Service]
@@ -18,6 +21,7 @@ def start_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartSer
 
     `node` and `images` go into the cluster's file: what its one node has beside the defaults, and the catalogue.
     `nodes` names all of them instead; `cluster_fields` are further `cluster:` keys.
+    `beside` is a service whose cluster the new one has too.
     """
     started: list[Service] = []
 
@@ -27,6 +31,7 @@ def start_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartSer
         nodes: Sequence[Mapping[str, object]] | None = None,
         images: Mapping[str, str] | None = None,
         cluster_fields: Mapping[str, object] | None = None,
+        beside: Service | None = None,
         **settings: object,
     ) -> Service:
         given = {name: str(value) for name, value in settings.items()}
@@ -37,6 +42,7 @@ def start_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartSer
             nodes=nodes,
             images=images,
             cluster_fields=cluster_fields,
+            beside=beside,
         )
         started.append(service)
         service.start()
@@ -51,6 +57,32 @@ def start_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartSer
 def service(start_service: StartService) -> Service:
     """Give one running service to all tests of a module."""
     return start_service()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """Give a real PostgreSQL server."""
+    server = PostgresServer()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.clean_up()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def new_ledger_location(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Path | SecretStr]:
+    """Give a function that says where a ledger may be: whoever uses it runs once for each kind of database."""
+    if request.param == "sqlite":
+        return lambda: tmp_path / secrets.token_hex(4) / "ledger.db"
+    server: PostgresServer = request.getfixturevalue("postgres")
+    return server.new_ledger
+
+
+@pytest.fixture
+def ledger_location(new_ledger_location: Callable[[], Path | SecretStr]) -> Path | SecretStr:
+    """Say where one ledger may be."""
+    return new_ledger_location()
 
 
 def _project(factory: pytest.TempPathFactory) -> Path:

@@ -7,6 +7,7 @@ from fastapi import APIRouter
 from api.errors import refusals
 from api.schemas import HealthResponse
 from api.services import ServicesDep
+from provisioner.lease import leader_of
 from provisioner.ledger.records import NodeStatus
 from provisioner.states import UP
 
@@ -30,4 +31,6 @@ def check_health(services: ServicesDep) -> HealthResponse:
         running_instances=sum(counts[status] for status in UP),
         nodes_count=len(nodes),
         nodes_online=sum(node.status is NodeStatus.ONLINE for node in nodes),
+        leader=leader_of(services.ledger),
+        leading=services.is_leading,
     )

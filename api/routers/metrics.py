@@ -77,6 +77,9 @@ class _Cluster(Collector):
         unsettled = GaugeMetricFamily("machineuse_instances_unsettled", "Instances with an operation under way.")
         unsettled.add_metric([], len(ledger.instances.unsettled()))
         yield unsettled
+        leading = GaugeMetricFamily("machineuse_leading", "1 where this service is the one that changes the nodes.")
+        leading.add_metric([], float(self._services.is_leading))
+        yield leading
         online = GaugeMetricFamily("machineuse_node_online", "1 while the node's engine answers.", labels=["node"])
         used = GaugeMetricFamily(
             "machineuse_node_used_percent", "Usage of a node, in percent.", labels=["node", "resource"]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from provisioner.errors import LedgerMismatch
-from provisioner.ledger.database import Database
+from provisioner.ledger.database import Database, Location
 from provisioner.ledger.events import Events
 from provisioner.ledger.instances import Instances
+from provisioner.ledger.leases import Leases
 from provisioner.ledger.leftovers import Leftovers
 from provisioner.ledger.node_images import NodeImages
 from provisioner.ledger.nodes import Nodes
+from provisioner.ledger.postgresql import Listener
 from provisioner.ledger.samples import Samples
 
 
@@ -20,34 +23,63 @@ class Ledger:
     def __init__(self, database: Database, ledger_id: str) -> None:
         self._database = database
         self.id = ledger_id
-        self.path = database.path
+        self.location = database.location
         self.instances = Instances(database)
         self.nodes = Nodes(database)
         self.node_images = NodeImages(database)
         self.events = Events(database)
         self.samples = Samples(database)
         self.leftovers = Leftovers(database)
+        self.leases = Leases(database)
 
     @classmethod
-    def create(cls, path: Path) -> Ledger:
-        """Open the ledger at `path`, making it first if there is none; bring its schema up to date."""
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        database = Database(path)
+    def create(cls, location: Location) -> Ledger:
+        """Open the ledger there, making it first if there is none; bring its schema up to date.
+
+        Raises LedgerUnavailable.
+        """
+        if isinstance(location, Path):
+            location.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        database = Database(location)
         database.migrate()
         return cls(database, database.make_id())
 
     @classmethod
-    def open(cls, path: Path) -> Ledger:
-        """Open a ledger that exists; raise LedgerMismatch when there is none: no ledger is not "no instances"."""
-        if not path.is_file():
+    def open(cls, location: Location) -> Ledger:
+        """Open a ledger that exists; raise LedgerMismatch when there is none: no ledger is not "no instances".
+
+        Raises LedgerUnavailable.
+        """
+        if isinstance(location, Path) and not location.is_file():
             raise LedgerMismatch(
-                f"There is no ledger at {path}, so what this cluster should contain is unknown.",
+                f"There is no ledger at {location}, so what this cluster should contain is unknown.",
                 resolution="Set MACHINEUSE_DATA_DIR to the data directory of the service that runs this cluster"
                 " (a new cluster gets one from `machineuse serve`).",
             )
-        database = Database(path)
+        database = Database(location)
+        if database.is_shared and database.revision() is None:
+            raise LedgerMismatch(
+                f"There is no ledger in {database.name}, so what this cluster should contain is unknown.",
+                resolution="Set MACHINEUSE_LEDGER to the database of the service that runs this cluster"
+                " (a new cluster gets its ledger from `machineuse serve`).",
+            )
         database.migrate()
         return cls(database, database.ledger_id())
+
+    def listen(self, changed: Callable[[str | None], None]) -> Listener | None:
+        """Give a listener that calls `changed` with the id of every instance that another process changes.
+
+        None as the id means that it may be any. Returns None for a ledger that tells nobody: it has to be looked at.
+        """
+        if not self._database.is_shared:
+            return None
+
+        def heard(message: str) -> None:
+            token, _, instance_id = message.partition(" ")
+            if token != self._database.token:
+                changed(instance_id)
+
+        return Listener(self._database.engine, heard=heard, again=lambda: changed(None))
 
     def fact(self, name: str) -> str | None:
         """Return a fact about the cluster that was written down, or None."""

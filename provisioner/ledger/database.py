@@ -1,71 +1,116 @@
 """Opens the ledger's database and brings it to the newest schema.
 
-SQLite in WAL mode by default: readers never wait, one writer at a time, and what is committed survives a power cut. A
-write transaction begins with BEGIN IMMEDIATE, so two processes (the service and an operator's `pulumi up`) queue
-instead of failing halfway.
+A SQLite file by default, or a PostgreSQL database by URL; what holds for both:
+
+- a reader sees one consistent state, and waits for nobody;
+- there is one writer at a time, in whatever process, and it begins by waiting for its turn: what it reads stays true
+  until it commits, and two never fail halfway because of each other;
+- what is committed survives a power cut.
 """
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
+from pydantic import SecretStr
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
-from provisioner.errors import LedgerMismatch
-from provisioner.ledger import tables
+from provisioner.errors import LedgerMismatch, LedgerUnavailable
+from provisioner.ledger import postgresql, sqlite, tables
 
 SCHEMA = "0002"
 """The newest migration."""
 
-BUSY_TIMEOUT_S = 30
+Location = Path | SecretStr
+"""Where a ledger is: a SQLite file, or the URL of a PostgreSQL database, which may have a password in it."""
 
 
 class Database:
-    """One database file and its connections; safe to use from several threads."""
+    """One database and this process's connections to it; safe to use from several threads."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.engine = sa.create_engine(
-            f"sqlite:///{path}", connect_args={"timeout": BUSY_TIMEOUT_S, "check_same_thread": False}
-        )
-        sa.event.listen(self.engine, "connect", _prepare_connection)
-        sa.event.listen(self.engine, "begin", _begin)
+    def __init__(self, location: Location) -> None:
+        self.location = location
+        self.is_shared = not isinstance(location, Path)
+        """Whether it is a server that processes on other hosts may use too."""
+        self.token = secrets.token_hex(4)
+        """Names this process in what it tells the others."""
+        self._kind = sqlite if isinstance(location, Path) else postgresql
+        if isinstance(location, Path):
+            self.engine = sqlite.make_engine(location)
+            self.name = str(location)
+        else:
+            self.engine = postgresql.make_engine(location)
+            self.name = self.engine.url.render_as_string(hide_password=True).replace("+psycopg", "", 1)
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
-        """Give a connection for reading one consistent state."""
-        with self.engine.connect() as connection, connection.begin():
+        """Give a connection for reading one consistent state. Raises LedgerUnavailable."""
+        with (
+            self._told_apart(),
+            self.engine.connect().execution_options(**self._kind.READ) as connection,
+            connection.begin(),
+        ):
             yield connection
 
     @contextmanager
     def write(self) -> Iterator[sa.Connection]:
-        """Give a connection inside a write transaction; commits at the end, rolls back on any error."""
-        with self.engine.connect().execution_options(machineuse_write=True) as connection, connection.begin():
+        """Give a connection inside a write transaction; commits at the end, rolls back on any error.
+
+        Raises LedgerUnavailable. Whether what was to be committed just then was, is unknown in that case.
+        """
+        with (
+            self._told_apart(),
+            self.engine.connect().execution_options(**self._kind.WRITE) as connection,
+            connection.begin(),
+        ):
+            self._kind.take_turn(connection)
             yield connection
 
+    @contextmanager
+    def write_aside(self) -> Iterator[sa.Connection]:
+        """Give a connection for one statement that decides by itself, and must not wait for other writers' turns."""
+        with (
+            self._told_apart(),
+            self.engine.connect().execution_options(**self._kind.WRITE) as connection,
+            connection.begin(),
+        ):
+            yield connection
+
+    def now(self) -> sa.ColumnElement[float]:
+        """Return the time in seconds since the epoch, by the one clock that all users of the database share."""
+        return postgresql.now() if self.is_shared else sqlite.now()
+
     def migrate(self) -> None:
-        """Bring the schema to the newest version; does nothing, quickly, when it is there already."""
-        with self.engine.connect() as connection:
-            if MigrationContext.configure(connection).get_current_revision() == SCHEMA:
-                return
+        """Bring the schema to the newest version; does nothing, quickly, when it is there already.
+
+        Of several processes that start at once, one does it and the others wait.
+        """
+        if self.revision() == SCHEMA:
+            return
         config = Config()
         config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
         with self.write() as connection:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
 
+    def revision(self) -> str | None:
+        """Return the version of the schema; None where there is none yet."""
+        with self.read() as connection:
+            return MigrationContext.configure(connection).get_current_revision()
+
     def ledger_id(self) -> str:
         """Return this ledger's id, made when the ledger was."""
         value = self.fact("ledger_id")
         if value is None:
-            raise LedgerMismatch(f"{self.path} is not a ledger of Machineuse: it has no id.")
+            raise LedgerMismatch(f"{self.name} is not a ledger of Machineuse: it has no id.")
         return value
 
     def make_id(self) -> str:
@@ -89,22 +134,33 @@ class Database:
             connection.execute(tables.facts.delete().where(tables.facts.c.name == name))
             connection.execute(tables.facts.insert().values(name=name, value=value))
 
+    def tell(self, connection: sa.Connection, instance_id: str) -> None:
+        """Tell the other processes, once the transaction is committed, that this instance has changed."""
+        if self.is_shared:
+            postgresql.tell(connection, f"{self.token} {instance_id}")
+
     def close(self) -> None:
         """Close all connections."""
         self.engine.dispose()
 
+    @contextmanager
+    def _told_apart(self) -> Iterator[None]:
+        """Turn "the server can't be reached" into an error of ours; what else goes wrong is a bug, and stays one."""
+        try:
+            yield
+        except DBAPIError as error:
+            lost = error.connection_invalidated or isinstance(error, OperationalError | InterfaceError)
+            if not (self.is_shared and (lost or postgresql.is_cut_off(error.orig))):
+                raise
+            raise LedgerUnavailable(
+                "The ledger's database does not answer.",
+                detail=f"{self.name}: {_words_of(error)}",
+                resolution="It is tried again by itself; if this stays so, look at the database server.",
+            ) from error
 
-def _prepare_connection(connection: Any, _record: object) -> None:
-    connection.isolation_level = None  # the BEGIN is ours, see _begin
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode=WAL")
-    # Every commit is on the disk before anybody acts on it: a power cut must not bring back the wish to run of an
-    # instance whose volume is deleted already. NORMAL, which only keeps the file whole, forgets the last half minute.
-    cursor.execute("PRAGMA synchronous=FULL")
-    cursor.execute("PRAGMA foreign_keys=ON")
-    cursor.close()
 
-
-def _begin(connection: sa.Connection) -> None:
-    write = connection.get_execution_options().get("machineuse_write", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+def _words_of(error: DBAPIError) -> str:
+    """Return what the driver said: in one line, without the statement and its values."""
+    with contextlib.suppress(AttributeError):
+        return " ".join(str(error.orig).split())
+    return type(error).__name__

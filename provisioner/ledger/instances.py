@@ -63,6 +63,7 @@ class Instances:
             note_change(connection, before=None, after=record)
             _take_ports(connection, record, [p for p in (record.debug_port, record.stream_port) if p is not None])
             add_event(connection, kind="create", message=message, instance_id=record.id, node_id=record.node_id)
+            self._database.tell(connection, record.id)
         return record
 
     def change(self, instance_id: str, decide: Decide) -> InstanceRecord | None:
@@ -77,6 +78,7 @@ class Instances:
             if update is None:
                 return record
             _write(connection, record, update)
+            self._database.tell(connection, record.id)
             return None if update.remove else _read_one(connection, instance_id)
 
     def change_many(self, instance_ids: Sequence[str], decide: Decide) -> list[str]:
@@ -92,6 +94,7 @@ class Instances:
                     update = decide(record, LoadReader(connection))
                     if update is not None:
                         _write(connection, record, update)
+                        self._database.tell(connection, record.id)
                         changed.append(record.id)
         return changed
 

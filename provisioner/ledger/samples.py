@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import sqlite
+from sqlalchemy.dialects import postgresql, sqlite
 
 from provisioner.ledger import tables
 from provisioner.ledger.database import Database
+from provisioner.ledger.tables import Long
 
 RAW = 0
 TEN_MINUTES = 600
@@ -73,10 +74,11 @@ class Samples:
         """Store what was seen at `at`, raw and in the averages, in one transaction."""
         if not samples:
             return
+        upsert = _UPSERT_SHARED if self._database.is_shared else _UPSERT
         with self._database.write() as connection:
             for resolution_s in (RAW, TEN_MINUTES, HOUR):
                 start = at - at % resolution_s if resolution_s else at
-                connection.execute(_UPSERT, [_row(s, resolution_s=resolution_s, at=start) for s in samples])
+                connection.execute(upsert, [_row(s, resolution_s=resolution_s, at=start) for s in samples])
 
     def latest(self, scope: Scope, subjects: Sequence[str], *, max_age_s: float = 90) -> dict[str, Usage]:
         """Return the newest use of each subject that was sampled within `max_age_s`."""
@@ -109,7 +111,10 @@ class Samples:
         `resolution_s` says which samples to take: `RAW`, `TEN_MINUTES` or `HOUR`. Stretches without any are left out.
         """
         table = tables.samples
-        start = (sa.cast(table.c.at / step_s, sa.Integer) * step_s).label("start")
+        steps = table.c.at / step_s
+        if self._database.is_shared:
+            steps = sa.func.floor(steps)  # a cast rounds there; here it cuts off
+        start = (sa.cast(steps, Long) * step_s).label("start")
         count = sa.func.sum(table.c.count)
         query = (
             sa.select(
@@ -151,9 +156,8 @@ class Samples:
                     )
 
 
-def _make_upsert() -> sqlite.Insert:
+def _make_upsert(insert: sqlite.Insert | postgresql.Insert) -> sqlite.Insert | postgresql.Insert:
     """Build the statement that inserts a sample, or has it enter the average that is there."""
-    insert = sqlite.insert(tables.samples)
     old, new = tables.samples.c, insert.excluded
 
     def average(name: str) -> sa.ColumnElement[float]:
@@ -181,4 +185,5 @@ def _row(sample: Sample, *, resolution_s: int, at: float) -> dict[str, object]:
     }
 
 
-_UPSERT = _make_upsert()
+_UPSERT = _make_upsert(sqlite.insert(tables.samples))
+_UPSERT_SHARED = _make_upsert(postgresql.insert(tables.samples))

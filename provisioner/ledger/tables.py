@@ -5,22 +5,46 @@ Times are seconds since the epoch (UTC), as floats.
 
 from __future__ import annotations
 
-from sqlalchemy import (
-    JSON,
-    BigInteger,
-    Boolean,
-    Column,
-    Float,
-    ForeignKey,
-    Integer,
-    MetaData,
-    String,
-    Table,
-    Text,
-    false,
-)
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import JSON, BigInteger, Boolean, Column, Float, ForeignKey, Integer, MetaData, Table, false
+from sqlalchemy.types import TypeDecorator
 
 metadata = MetaData()
+
+Long = BigInteger().with_variant(Integer(), "sqlite")
+"""A count of bytes, or a number that only grows. SQLite's integers are all as long as need be."""
+
+
+def _clean(value: Any) -> Any:
+    """Replace what PostgreSQL can't keep in a text: NUL, and half of a surrogate pair."""
+    if not isinstance(value, str):
+        return value
+    return value.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()
+
+
+class Text(TypeDecorator[str]):
+    """Text of any length, whatever somebody's container or client put into it."""
+
+    impl = sa.Text
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: sa.Dialect) -> Any:  # noqa: ARG002
+        """Return what is stored, or compared with."""
+        return _clean(value)
+
+
+class String(TypeDecorator[str]):
+    """Short text."""
+
+    impl = sa.String
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: sa.Dialect) -> Any:  # noqa: ARG002
+        """Return what is stored, or compared with."""
+        return _clean(value)
+
 
 facts = Table(
     "facts",
@@ -65,7 +89,7 @@ instances = Table(
     Column("last_active_at", Float, nullable=False),
     Column("debug_port", Integer),
     Column("stream_port", Integer),
-    Column("disk_bytes", Integer),
+    Column("disk_bytes", Long),
     Column("disk_over", Boolean, nullable=False),
     # Its snapshots.
     Column("snapshot_generation", Integer),
@@ -87,7 +111,7 @@ snapshots = Table(
     Column("node_id", String(64), nullable=False),
     Column("state", String(16), nullable=False),
     Column("live", Boolean, nullable=False, server_default=false()),
-    Column("bytes", Integer),
+    Column("bytes", Long),
     Column("created_at", Float, nullable=False),
 )
 
@@ -114,8 +138,8 @@ nodes = Table(
     Column("availability", String(16), nullable=False, server_default="active"),
     Column("labels", JSON, nullable=False, server_default="{}"),
     Column("cpu_cores", Float),
-    Column("memory_bytes", Integer),
-    Column("disk_bytes", Integer),
+    Column("memory_bytes", Long),
+    Column("disk_bytes", Long),
     Column("disk_quota", Boolean, nullable=False),
     Column("cpu_percent", Float),
     Column("memory_percent", Float),
@@ -137,7 +161,7 @@ node_loads = Table(
 events = Table(
     "events",
     metadata,
-    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("id", Long, primary_key=True, autoincrement=True),
     Column("at", Float, nullable=False),
     Column("instance_id", String(64), index=True),
     Column("node_id", String(64)),
@@ -163,7 +187,7 @@ samples = Table(
 leftovers = Table(
     "leftovers",
     metadata,
-    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("id", Long, primary_key=True, autoincrement=True),
     Column("node_id", String(64), nullable=False, index=True),
     Column("urn", Text, nullable=False),
     Column("name", Text, nullable=False),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from provisioner.docker_hosts.hosts import DockerHosts
-from provisioner.errors import LedgerMismatch
+from provisioner.errors import LedgerMismatch, LedgerUnavailable
 from provisioner.guard import LedgerGuard
 from provisioner.ledger import Ledger
 from provisioner.plugins.base import PluginServicer
@@ -29,6 +29,6 @@ def build_plugin(package: str, *, engine_address: str) -> PluginServicer:
 
 def _open_policy(settings: Settings) -> DeletePolicy:
     try:
-        return LedgerGuard(Ledger.open(settings.ledger_path), stop_timeout_s=settings.stop_timeout_s)
-    except LedgerMismatch:
+        return LedgerGuard(Ledger.open(settings.ledger_location), stop_timeout_s=settings.stop_timeout_s)
+    except (LedgerMismatch, LedgerUnavailable):
         return RefuseWithoutLedger()

@@ -26,8 +26,8 @@ def environment(settings: Settings) -> dict[str, str]:
     return {
         "PATH": _path_with(cli),
         "PULUMI_HOME": str(settings.pulumi_home),
-        "PULUMI_BACKEND_URL": f"file://{settings.state_dir}",
-        "PULUMI_CONFIG_PASSPHRASE_FILE": str(settings.passphrase_path),
+        "PULUMI_BACKEND_URL": settings.state_url,
+        **({"PULUMI_CONFIG_PASSPHRASE_FILE": str(settings.passphrase_path)} if settings.needs_passphrase else {}),
         # Both packages of the program are served by plugins of the project. Without this the engine asks the internet
         # for their newest versions, at 0.8 s an update. Somebody who wants the official plugin sets it to false.
         "PULUMI_DISABLE_AUTOMATIC_PLUGIN_ACQUISITION": os.environ.get(
@@ -37,6 +37,7 @@ def environment(settings: Settings) -> dict[str, str]:
         "PULUMI_DIY_BACKEND_DISABLE_CHECKPOINT_BACKUPS": "true",
         "PULUMI_LOG_ROTATION_MAX_TOTAL_MB": str(_LOG_LIMIT_MIB),
         "MACHINEUSE_DATA_DIR": str(settings.data_dir),
+        **({"MACHINEUSE_LEDGER": settings.ledger_text} if settings.ledger else {}),
     }
 
 

@@ -9,6 +9,7 @@ from provisioner.toolchain.language import find_official_language_host, provide_
 from provisioner.toolchain.progress import Reporter, StepResult
 from provisioner.toolchain.pulumi_cli import provide_pulumi
 from provisioner.toolchain.test_tools import (
+    provide_postgresql,
     provide_puppeteer,
     provide_selenium_driver,
     provide_sshd,
@@ -40,6 +41,8 @@ def ensure(
             provide_selenium_driver(step)
         with reporter.step("Puppeteer") as step:
             provide_puppeteer(step)
+        with reporter.step("PostgreSQL server for tests") as step:
+            provide_postgresql(step)
         with reporter.step("S3 server for tests") as step:
             provide_versitygw(step)
         with reporter.step("SSH server for tests") as step:

@@ -1,4 +1,4 @@
-"""What the tests need beyond the virtual environment: the clients that must work unchanged against our browsers."""
+"""What the tests need beyond the virtual environment: clients that must work with our browsers, and servers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from provisioner.errors import SetupError
 from provisioner.toolchain.locks import locked
-from provisioner.toolchain.packages import install_packages
+from provisioner.toolchain.packages import can_install_packages, install_packages
 from provisioner.toolchain.pulumi_cli import cache_dir
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 PUPPETEER_VERSION = "24.10.0"
 VERSITYGW_VERSION = "1.8.0"
+_CREATE_CLUSTER = Path("/etc/postgresql-common/createcluster.conf")
 _NPM_TIMEOUT_S = 600
 _GO_TIMEOUT_S = 1800
 
@@ -29,6 +30,32 @@ def puppeteer_dir() -> Path:
 def versitygw_path() -> Path:
     """Return the S3 server that the snapshot store's tests run against."""
     return cache_dir() / f"versitygw-{VERSITYGW_VERSION}" / "versitygw"
+
+
+def postgresql_programs() -> Path:
+    """Return the directory of PostgreSQL's server programs, which are not on PATH; raise SetupError without any."""
+    versions = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[4]))
+    found = versions[-1] if versions else shutil.which("postgres")
+    if found is None:
+        raise SetupError("There is no PostgreSQL server for the tests.", resolution="Run `make setup-tests`.")
+    return Path(found).parent
+
+
+def provide_postgresql(step: Step) -> None:
+    """Make sure that a PostgreSQL server's programs are there; no server is started.
+
+    Raises SetupError with the command to run where we may not install.
+    """
+    try:
+        programs = postgresql_programs()
+    except SetupError:
+        if can_install_packages() and not _CREATE_CLUSTER.exists():
+            # Debian's package would make a database cluster of its own, and start it.
+            _CREATE_CLUSTER.parent.mkdir(exist_ok=True)
+            _CREATE_CLUSTER.write_text("create_main_cluster = false\n")
+        install_packages(step, ["postgresql"], reason="PostgreSQL, which the ledger's tests use,")
+        programs = postgresql_programs()
+    step.outcome = str(programs)
 
 
 def provide_versitygw(step: Step) -> None:

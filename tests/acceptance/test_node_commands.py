@@ -80,7 +80,7 @@ def file_of(service: Service) -> Path:
 
 
 def events_of(service: Service) -> list[tuple[str, str]]:
-    ledger = Ledger.open(service.settings.ledger_path)
+    ledger = Ledger.open(service.settings.ledger_location)
     try:
         return [(event.kind, event.message) for event in ledger.events.list(limit=1000)]
     finally:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from provisioner.control_plane import ControlPlane
 from provisioner.errors import LedgerMismatch
+from provisioner.replica import Replica
 from provisioner.settings import Settings
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
@@ -21,14 +21,14 @@ def test_a_service_with_another_ledger_than_its_stack_s_does_not_start(tmp_path:
     nodes = [{"id": "local", "host": f"unix://{tmp_path}/nobody.sock"}]  # none answers: nothing is made anywhere
     (tmp_path / "Pulumi.other.yaml").write_text(json.dumps({"config": {"cluster:nodes": nodes}}))
     settings = Settings(project_dir=tmp_path, cluster="other")
-    first = ControlPlane(settings)
+    first = Replica(settings)
     try:
         first.start()
     finally:
         first.stop()
     for path in settings.data_dir.glob("ledger.db*"):
         path.unlink()
-    second = ControlPlane(settings)
+    second = Replica(settings)
     try:
         with pytest.raises(LedgerMismatch, match="This stack belongs to the ledger"):
             second.start()

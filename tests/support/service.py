@@ -7,7 +7,6 @@ import os
 import random
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,8 +19,10 @@ import httpx
 
 from provisioner.settings import Settings
 from provisioner.toolchain.environment import environment
+from tests.support.ports import free_port
 
 ENGINE = "unix:///var/run/docker.sock"
+_WHERE_THINGS_ARE = ("ledger", "state", "secrets_provider", "passphrase_file")
 COMMAND = Path(sys.executable).parent / "machineuse"
 
 
@@ -37,13 +38,15 @@ class Service:
         nodes: Sequence[Mapping[str, object]] | None = None,
         images: Mapping[str, str] | None = None,
         cluster_fields: Mapping[str, object] | None = None,
+        beside: Service | None = None,
     ) -> None:
         """Make its cluster file: of one node on this machine's engine, changed by `node`, or of exactly these `nodes`.
 
-        `cluster_fields` are further `cluster:` keys. What is left on other engines than this machine's is theirs.
+        Or take over the file of the service `beside`, whose cluster it has too. `cluster_fields` are further `cluster:`
+        keys. What is left on other engines than this machine's is theirs.
         """
         self.project = project
-        self.cluster = f"t{secrets.token_hex(4)}"
+        self.cluster = beside.cluster if beside else f"t{secrets.token_hex(4)}"
         self.port = free_port()
         self.log_path = project / "serve.log"
         self.docker = docker.from_env()
@@ -56,12 +59,17 @@ class Service:
             "MACHINEUSE_LOG_FORMAT": "json",
             **{f"MACHINEUSE_{name.upper()}": value for name, value in settings.items()},
         }
-        self.settings = Settings(project_dir=project, cluster=self.cluster)
+        kept = {name: value for name, value in settings.items() if name in _WHERE_THINGS_ARE}
+        self.settings = Settings.model_validate({"project_dir": project, "cluster": self.cluster, **kept})
         first = random.randrange(25000, 31000, 20)  # below the kernel's ephemeral ports; a range of its own per service
-        self.ports = range(first, first + 100)
+        self.ports = beside.ports if beside else range(first, first + 100)
         self._fields = dict(cluster_fields or {}) | ({} if images is None else {"images": dict(images)})
         local = {"id": "local", "host": ENGINE, "address": "127.0.0.1", **(node or {})}
-        self.write_cluster_file([local] if nodes is None else nodes)
+        if beside:
+            file = f"Pulumi.{self.cluster}.yaml"
+            (project / file).write_text((beside.project / file).read_text())
+        else:
+            self.write_cluster_file([local] if nodes is None else nodes)
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=120)
 
     def write_cluster_file(self, nodes: Sequence[Mapping[str, object]]) -> None:
@@ -98,6 +106,11 @@ class Service:
     def stop(self) -> int:
         """Ask it to stop and wait; return its exit code."""
         return self.end(signal.SIGTERM)
+
+    def signal(self, how: signal.Signals) -> None:
+        """Send it a signal and don't wait."""
+        assert self._process is not None
+        self._process.send_signal(how)
 
     def kill(self) -> int:
         """Kill it like a power cut would."""
@@ -193,6 +206,11 @@ class Service:
             check=False,
         )
 
+    def health(self) -> dict[str, Any]:
+        """Return what it says of itself."""
+        answer: dict[str, Any] = self.http.get("/health").raise_for_status().json()
+        return answer
+
     def urns(self) -> list[str]:
         """Return the URNs in the cluster's stack."""
         state = json.loads(self.pulumi("stack", "export", "--stack", self.cluster).stdout)
@@ -214,11 +232,3 @@ class Service:
     def volumes(self) -> list[str]:
         """Return the names of the cluster's volumes."""
         return [v.name for v in self.docker.volumes.list(filters={"label": f"machineuse.cluster={self.cluster}"})]
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

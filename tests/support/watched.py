@@ -20,8 +20,8 @@ from provisioner.ledger.records import InstanceRecord
 from provisioner.settings import Settings
 from stacks.names import Names
 from stacks.spec import BROWSER_IMAGE, CDP_PORT, SECCOMP_PROFILE, ClusterSpec, NodeSpec
+from tests.support.ports import free_port
 from tests.support.records import make_record
-from tests.support.service import free_port
 
 T = TypeVar("T")
 SLEEPER = ["sleep", "infinity"]
@@ -44,7 +44,7 @@ class Watched:
     def __init__(self, directory: Path, *, url: str = LOCAL_ENGINE, **settings: Any) -> None:
         self.cluster = Cluster(ClusterSpec(name=f"t{secrets.token_hex(4)}", nodes=(NodeSpec(id="local", host=url),)))
         self.settings = Settings(project_dir=directory, **settings)
-        self.ledger = Ledger.create(self.settings.ledger_path)
+        self.ledger = Ledger.create(self.settings.ledger_location)
         self.ledger.nodes.sync(self.cluster.nodes)
         self.hosts = DockerHosts(timeout_s=self.settings.node_timeout_s)
         self.changes = Changes()

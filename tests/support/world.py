@@ -9,6 +9,8 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+from pydantic import SecretStr
+
 from provisioner import lifecycle
 from provisioner.changes import Changes
 from provisioner.cluster import Cluster
@@ -39,9 +41,12 @@ def _template() -> Path:
     return path
 
 
-def empty_ledger(directory: Path) -> Ledger:
-    """Return an empty ledger in that directory: a copy of one that was migrated once."""
-    return Ledger.open(Path(shutil.copy(_template(), directory)))
+def empty_ledger(location: Path | SecretStr) -> Ledger:
+    """Return an empty ledger there: as a file, a copy of one that was migrated once."""
+    if isinstance(location, Path):
+        location.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(_template(), location)
+    return Ledger.open(location)
 
 
 class World:

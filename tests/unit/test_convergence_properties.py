@@ -50,7 +50,7 @@ class Convergence(RuleBasedStateMachine):
 
     @initialize(attempts=st.integers(1, 2))
     def begin(self, attempts: int) -> None:
-        self.world = World(empty_ledger(Path(self._directory.name)), attempts=attempts)
+        self.world = World(empty_ledger(Path(self._directory.name, "ledger.db")), attempts=attempts)
         self.world.answering = False
 
     # ---- what people do

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from provisioner import converger, lifecycle
 from provisioner.converger import find_error, plan
@@ -27,8 +28,8 @@ VOLUME, CONTAINER = NAMES.volume_urn(ID), NAMES.container_urn(ID)
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    world = World(empty_ledger(tmp_path))
+def world(ledger_location: Path | SecretStr) -> Iterator[World]:
+    world = World(empty_ledger(ledger_location))
     yield world
     world.ledger.close()
 

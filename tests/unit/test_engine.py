@@ -1,18 +1,14 @@
-"""What is read from an update's event log, and whose lock may be removed."""
+"""What is read from an update's event log."""
 
 from __future__ import annotations
 
 import json
-import os
-import socket
-import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from provisioner.engine import is_abandoned, read_events
+from provisioner.engine import read_events
 
 DONE = {"resOutputsEvent": {"metadata": {"op": "create", "urn": "urn:a", "new": {"outputs": {"name": "a"}}}}}
 FAILED = {"resOpFailedEvent": {"metadata": {"urn": "urn:b"}}}
@@ -53,19 +49,3 @@ def test_a_log_that_breaks_off_tells_nothing(log: Path) -> None:
     assert read_events(log, duration_s=1) is None
     log.unlink()
     assert read_events(log, duration_s=1) is None
-
-
-def owner(**changes: Any) -> dict[str, Any]:
-    now = datetime.now(UTC).isoformat().replace("+00:00", "789Z")  # nanoseconds, as Go writes them
-    return {"pid": os.getpid(), "hostname": socket.gethostname(), "timestamp": now} | changes
-
-
-def test_only_a_lock_whose_owner_is_gone_is_abandoned() -> None:
-    assert not is_abandoned(owner())
-    assert is_abandoned(owner(pid=2**22 + 1))
-    assert not is_abandoned(owner(pid=2**22 + 1, hostname="another-machine"))
-
-
-def test_a_process_that_began_after_the_lock_was_taken_is_not_its_owner() -> None:
-    before_us = datetime.fromtimestamp(time.time() - 86400, UTC).isoformat()
-    assert is_abandoned(owner(timestamp=before_us))  # the number was given to another process since, after a reboot say

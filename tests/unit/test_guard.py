@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from provisioner import lifecycle
 from provisioner.guard import LedgerGuard
@@ -17,8 +18,8 @@ ID = "mu-test"
 
 
 @pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    ledger = Ledger.create(tmp_path / "ledger.db")
+def ledger(ledger_location: Path | SecretStr) -> Iterator[Ledger]:
+    ledger = Ledger.create(ledger_location)
     yield ledger
     ledger.close()
 

@@ -32,7 +32,7 @@ class Scene:
     def __init__(self, directory: Path) -> None:
         self.settings = Settings(project_dir=directory)
         self.cluster = Cluster(ClusterSpec(name="test"))
-        self.ledger = Ledger.create(self.settings.ledger_path)
+        self.ledger = Ledger.create(self.settings.ledger_location)
         self.ledger.nodes.sync(self.cluster.nodes)
         self.ledger.nodes.observe("local", values={"status": NodeStatus.ONLINE})
         self.changes = Changes()

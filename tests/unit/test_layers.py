@@ -30,6 +30,7 @@ DOORS = {
     ],
     "sqlalchemy": ["provisioner.ledger"],
     "alembic": ["provisioner.ledger"],
+    "psycopg": ["provisioner.ledger"],
     "sqlite3": ["provisioner.ledger"],
     "fastapi": ["api"],
     "starlette": ["api"],

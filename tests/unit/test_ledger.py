@@ -1,4 +1,4 @@
-"""The ledger on a real SQLite file."""
+"""The ledger, on a real SQLite file and in a real PostgreSQL database."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from pydantic import SecretStr
 
 from provisioner.errors import LedgerMismatch, NotFound
 from provisioner.ledger import Ledger, database
@@ -23,17 +23,17 @@ from tests.support.records import make_record
 
 
 @pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    ledger = Ledger.create(tmp_path / "data" / "ledger.db")
+def ledger(ledger_location: Path | SecretStr) -> Iterator[Ledger]:
+    ledger = Ledger.create(ledger_location)
     yield ledger
     ledger.close()
 
 
 def test_the_migrations_make_what_the_tables_say(ledger: Ledger) -> None:
-    engine = sa.create_engine(f"sqlite:///{ledger.path}")
-    with engine.connect() as connection:
+    opened = database.Database(ledger.location)
+    with opened.read() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
-    engine.dispose()
+    opened.close()
 
 
 def test_the_schema_in_the_code_is_the_newest_migration() -> None:
@@ -42,7 +42,7 @@ def test_the_schema_in_the_code_is_the_newest_migration() -> None:
 
 
 def test_a_ledger_keeps_its_id(ledger: Ledger) -> None:
-    assert Ledger.open(ledger.path).id == ledger.id
+    assert Ledger.open(ledger.location).id == ledger.id
 
 
 def test_no_ledger_is_never_an_empty_one(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from provisioner.errors import InvalidRequest, NotFound
 from provisioner.ledger import Ledger
@@ -18,8 +19,8 @@ from tests.support.records import make_record
 
 
 @pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    ledger = Ledger.create(tmp_path / "ledger.db")
+def ledger(ledger_location: Path | SecretStr) -> Iterator[Ledger]:
+    ledger = Ledger.create(ledger_location)
     ledger.nodes.sync([NodeSpec(id="a"), NodeSpec(id="b")])
     yield ledger
     ledger.close()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from pydantic import SecretStr
 
 from api.app import create_app
 from provisioner.changes import Changes
@@ -46,6 +47,7 @@ class FakeServices:
     ledger: Ledger
     instances: InstanceService
     changes: Changes
+    is_leading: bool = True
 
     def client(self, **options: Any) -> TestClient:
         """Return a client that calls as a program on this machine does."""
@@ -56,13 +58,18 @@ ServicesMaker = Callable[..., FakeServices]
 
 
 @pytest.fixture
-def make_services(tmp_path: Path) -> Iterator[ServicesMaker]:
+def make_services(tmp_path: Path, new_ledger_location: Callable[[], Path | SecretStr]) -> Iterator[ServicesMaker]:
     """Give a function that makes services with the given settings."""
     ledgers: list[Ledger] = []
 
     def make(*, max_instances: int = 50, node: dict[str, Any] | None = None, **settings: Any) -> FakeServices:
         return make_fake_services(
-            tmp_path / str(len(ledgers)), ledgers=ledgers, max_instances=max_instances, node=node, **settings
+            tmp_path / str(len(ledgers)),
+            ledgers=ledgers,
+            location=new_ledger_location(),
+            max_instances=max_instances,
+            node=node,
+            **settings,
         )
 
     yield make
@@ -71,12 +78,18 @@ def make_services(tmp_path: Path) -> Iterator[ServicesMaker]:
 
 
 def make_fake_services(
-    data_dir: Path, *, ledgers: list[Ledger], max_instances: int, node: dict[str, Any] | None = None, **settings: Any
+    data_dir: Path,
+    *,
+    ledgers: list[Ledger],
+    location: Path | SecretStr | None = None,
+    max_instances: int,
+    node: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> FakeServices:
     """Make the services over a new ledger in `data_dir`, which is added to `ledgers`."""
     cluster = Cluster(ClusterSpec(name="test", nodes=(NodeSpec(id="local", max_instances=max_instances),)))
     built = Settings(**{"data_dir": data_dir, "default_wait_s": 0.0, "memory_overcommit": 100.0, **settings})
-    ledger = Ledger.create(built.ledger_path)
+    ledger = Ledger.create(location or built.ledger_location)
     ledgers.append(ledger)
     ledger.nodes.sync(cluster.nodes)
     seen = {"status": NodeStatus.ONLINE, "cpu_cores": 64.0, "memory_bytes": 64 * GIB, "last_heartbeat": 1_700_000_000.0}

@@ -10,11 +10,13 @@ down_revision = None
 branch_labels = None
 depends_on = None
 
+Long = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+
 
 def upgrade() -> None:
     op.create_table(
         "events",
-        sa.Column("id", sa.Integer(), autoincrement=True, nullable=False),
+        sa.Column("id", Long, autoincrement=True, nullable=False),
         sa.Column("at", sa.Float(), nullable=False),
         sa.Column("instance_id", sa.String(length=64), nullable=True),
         sa.Column("node_id", sa.String(length=64), nullable=True),
@@ -58,7 +60,7 @@ def upgrade() -> None:
         sa.Column("last_active_at", sa.Float(), nullable=False),
         sa.Column("debug_port", sa.Integer(), nullable=True),
         sa.Column("stream_port", sa.Integer(), nullable=True),
-        sa.Column("disk_bytes", sa.Integer(), nullable=True),
+        sa.Column("disk_bytes", Long, nullable=True),
         sa.Column("disk_over", sa.Boolean(), nullable=False),
         sa.Column("snapshot_generation", sa.Integer(), nullable=True),
         sa.Column("restore_generation", sa.Integer(), nullable=True),
@@ -74,7 +76,7 @@ def upgrade() -> None:
     op.create_index(op.f("ix_instances_node_id"), "instances", ["node_id"], unique=False)
     op.create_table(
         "leftovers",
-        sa.Column("id", sa.Integer(), autoincrement=True, nullable=False),
+        sa.Column("id", Long, autoincrement=True, nullable=False),
         sa.Column("node_id", sa.String(length=64), nullable=False),
         sa.Column("urn", sa.Text(), nullable=False),
         sa.Column("name", sa.Text(), nullable=False),
@@ -93,8 +95,8 @@ def upgrade() -> None:
         sa.Column("misses", sa.Integer(), nullable=False),
         sa.Column("last_heartbeat", sa.Float(), nullable=True),
         sa.Column("cpu_cores", sa.Float(), nullable=True),
-        sa.Column("memory_bytes", sa.Integer(), nullable=True),
-        sa.Column("disk_bytes", sa.Integer(), nullable=True),
+        sa.Column("memory_bytes", Long, nullable=True),
+        sa.Column("disk_bytes", Long, nullable=True),
         sa.Column("disk_quota", sa.Boolean(), nullable=False),
         sa.Column("cpu_percent", sa.Float(), nullable=True),
         sa.Column("memory_percent", sa.Float(), nullable=True),
@@ -129,7 +131,7 @@ def upgrade() -> None:
         sa.Column("generation", sa.Integer(), nullable=False),
         sa.Column("node_id", sa.String(length=64), nullable=False),
         sa.Column("state", sa.String(length=16), nullable=False),
-        sa.Column("bytes", sa.Integer(), nullable=True),
+        sa.Column("bytes", Long, nullable=True),
         sa.Column("created_at", sa.Float(), nullable=False),
         sa.ForeignKeyConstraint(["instance_id"], ["instances.id"], ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("instance_id", "generation"),
