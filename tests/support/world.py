@@ -42,8 +42,9 @@ def _template() -> Path:
 
 
 def empty_ledger(location: Path | SecretStr) -> Ledger:
-    """Return an empty ledger there: as a file, a copy of one that was migrated once."""
+    """Return an empty ledger there, or in that directory: as a file, a copy of one that was migrated once."""
     if isinstance(location, Path):
+        location = location / "ledger.db" if location.is_dir() else location
         location.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(_template(), location)
     return Ledger.open(location)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,6 @@ from provisioner.cluster import Cluster
 from provisioner.converger import Work, plan
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.ledger import Ledger
-from provisioner.ledger.instances import Update
 from provisioner.ledger.records import InstanceRecord
 from provisioner.preparation import Preparation
 from provisioner.settings import Settings
@@ -129,10 +127,8 @@ def test_a_live_snapshot_is_captured_as_one(world: World, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(preparation, "Capture", Taken)
     world.ledger.instances.create(lambda _: (make_record(), "test"))
-    world.change(lambda r: lifecycle.wish_dormant(r, reason="test"))
-    pending = world.ledger.instances.get(ID).snapshot(2)
-    assert pending is not None
-    world.change(lambda _: Update(put_snapshots=(dataclasses.replace(pending, live=live),)))
+    wish = lifecycle.wish_live_snapshot if live else lifecycle.wish_dormant
+    world.change(lambda r: wish(r, reason="test"))
     until(lambda: world.preparation.prepare(world.work))
     assert asked == [live]
     (ref,) = (spec_of(world.ledger.instances.get(ID)) or pytest.fail("no spec")).snapshots

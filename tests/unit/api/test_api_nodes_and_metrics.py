@@ -20,6 +20,8 @@ def test_health_counts_instances_and_nodes(services: FakeServices, client: TestC
         "running_instances": 0,
         "nodes_count": 1,
         "nodes_online": 1,
+        "leading": True,
+        "leader": None,
     }
     services.ledger.nodes.observe("local", values={"status": NodeStatus.OFFLINE})
     assert client.get("/health").json()["nodes_online"] == 0
