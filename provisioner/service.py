@@ -17,7 +17,15 @@ from dataclasses import dataclass, field
 from provisioner import lifecycle
 from provisioner.changes import RECHECK_S, Changes
 from provisioner.cluster import Cluster
-from provisioner.errors import Conflict, MachineuseError, NotFound, SnapshotCorrupt, SnapshotFailed, SnapshotMissing
+from provisioner.errors import (
+    Conflict,
+    LedgerUnavailable,
+    MachineuseError,
+    NotFound,
+    SnapshotCorrupt,
+    SnapshotFailed,
+    SnapshotMissing,
+)
 from provisioner.images import ImageCatalogue, ResolvedImage
 from provisioner.ledger import Ledger
 from provisioner.ledger.instances import LoadReader, Update
@@ -240,7 +248,13 @@ class InstanceService:
         deadline = time.monotonic() + timeout_s
         with self._changes.subscribe(wished.id) as changed:
             while True:
-                record = await asyncio.to_thread(self._ledger.instances.find, wished.id)
+                try:
+                    record = await asyncio.to_thread(self._ledger.instances.find, wished.id)
+                except LedgerUnavailable:
+                    if time.monotonic() >= deadline:
+                        raise
+                    await asyncio.sleep(RECHECK_S)  # the wish is in the ledger: what becomes of it can wait
+                    continue
                 if record is None:
                     if wished.wanted is Wanted.ABSENT:
                         return None

@@ -14,7 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 from provisioner.engine import Program, UpdateResult
-from provisioner.errors import EngineError
+from provisioner.errors import EngineError, MachineuseError
 from stacks.names import CONTAINER_TYPE, RESTORE_TYPE, SNAPSHOT_TYPE, VOLUME_TYPE, Names
 from stacks.spec import InstanceSpec
 
@@ -53,7 +53,7 @@ class FakeEngine:
         self.fail: dict[str, str] = {}
         """Part of a URN → what the plugin says of its create."""
         self.fail_delete: dict[str, str] = {}
-        self.down: EngineError | None = None
+        self.down: MachineuseError | None = None
         self.poison: str | None = None
         """An instance with which every update fails as a whole."""
         self.die: str | None = None

@@ -16,7 +16,7 @@ from pydantic import SecretStr
 from provisioner import converger, lifecycle
 from provisioner.converger import find_error, plan
 from provisioner.engine import UpdateResult
-from provisioner.errors import DockerError, EngineError, SnapshotFailed
+from provisioner.errors import DockerError, EngineError, LeaseLost, SnapshotFailed
 from provisioner.ledger.instances import Update
 from provisioner.ledger.records import SnapshotRecord, SnapshotState
 from provisioner.states import Status, Wanted
@@ -54,6 +54,30 @@ def test_an_instance_goes_the_whole_way(world: World) -> None:
     world.wish_step("delete")
     world.settle()
     assert world.engine.resources == set()
+    assert world.ledger.instances.all() == []
+
+
+@pytest.mark.parametrize("where", ["unprepared", "unswept", "down"])
+def test_a_lease_that_was_lost_is_no_failure_of_the_step(world: World, where: str) -> None:
+    world.wish_step("create")
+    world.settle()
+    world.engine.made.clear()
+    world.engine.resources.clear()
+    world.wish_step("delete")
+    before = world.record
+    lost = LeaseLost("This process does not lead any more.")
+    if where == "down":
+        world.engine.down = lost
+    else:
+        getattr(world, where)[ID] = lost
+    with pytest.raises(LeaseLost):
+        world.converger.step()
+    assert world.record == before
+    world.engine.down = None
+    world.unprepared.clear()
+    world.unswept.clear()
+    world.crash()  # another one leads
+    world.settle()
     assert world.ledger.instances.all() == []
 
 

@@ -48,3 +48,20 @@ def test_stopping_tells_when_a_step_is_still_under_way() -> None:
 
 def test_a_loop_that_never_started_stops() -> None:
     assert Loop("test", lambda: None, every_s=1).stop()
+
+
+def test_a_loop_passes_over_the_steps_that_may_not_run() -> None:
+    may_run, asked, ran = threading.Event(), threading.Event(), threading.Event()
+
+    def ask() -> bool:
+        asked.set()
+        return may_run.is_set()
+
+    loop = Loop("test", ran.set, every_s=0.01)
+    loop.only_while(ask)
+    loop.start()
+    assert asked.wait(10)
+    assert not ran.is_set()
+    may_run.set()
+    assert ran.wait(10)
+    assert loop.stop()

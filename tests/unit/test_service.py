@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from provisioner import lifecycle
 from provisioner.changes import Changes
 from provisioner.cluster import Cluster
 from provisioner.docker_hosts.hosts import DockerHosts
-from provisioner.errors import Conflict
+from provisioner.errors import Conflict, LedgerUnavailable
 from provisioner.images import ImageCatalogue
 from provisioner.ledger import Ledger
+from provisioner.ledger.records import InstanceRecord
 from provisioner.service import FULL_RESTORE, QUICK_START, InstanceService
 from provisioner.settings import Settings
 from provisioner.states import Status
@@ -41,6 +43,25 @@ def service(ledger: Ledger) -> InstanceService:
         catalogue=ImageCatalogue(cluster, hosts=DockerHosts()),
         changes=Changes(),
     )
+
+
+def test_a_ledger_that_is_away_for_a_moment_does_not_end_the_waiting(
+    ledger: Ledger, service: InstanceService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = make_record()
+    ledger.instances.create(lambda _: (record, "test"))
+    find, away = ledger.instances.find, iter([True, False])
+
+    def find_sometimes(instance_id: str) -> InstanceRecord | None:
+        if next(away):
+            raise LedgerUnavailable("The ledger's database does not answer.")
+        return find(instance_id)
+
+    monkeypatch.setattr(ledger.instances, "find", find_sometimes)
+    assert asyncio.run(service.outcome(record, timeout_s=30)) == record
+    away = iter([True])
+    with pytest.raises(LedgerUnavailable):
+        asyncio.run(service.outcome(record, timeout_s=0))
 
 
 def test_a_second_revive_waits_for_the_first(ledger: Ledger, service: InstanceService) -> None:

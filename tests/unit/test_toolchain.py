@@ -15,7 +15,7 @@ import pytest
 
 from provisioner.errors import SetupError
 from provisioner.settings import Settings
-from provisioner.toolchain import docker_engine, language, packages, pulumi_cli, venv
+from provisioner.toolchain import docker_engine, language, packages, pulumi_cli, test_tools, venv
 from provisioner.toolchain.environment import environment
 from provisioner.toolchain.progress import Reporter, Step
 
@@ -129,6 +129,16 @@ class TestEnvironment:
         assert given["PULUMI_BACKEND_URL"] == f"file://{tmp_path}/data/state"
         assert given["MACHINEUSE_DATA_DIR"] == f"{tmp_path}/data"
 
+    def test_hands_on_where_everything_is_kept(self, machine: Path, tmp_path: Path) -> None:
+        put_cached_cli(machine)
+        kept = {"ledger": "postgresql://u:p@h/d", "state": "postgres://u:p@h/s", "passphrase_file": tmp_path / "shared"}
+        given = environment(Settings(data_dir=tmp_path / "data", **kept))
+        assert given["MACHINEUSE_LEDGER"] == "postgresql://u:p@h/d"
+        assert given["PULUMI_BACKEND_URL"] == "postgres://u:p@h/s"
+        assert given["PULUMI_CONFIG_PASSPHRASE_FILE"] == str(tmp_path / "shared")
+        given = environment(Settings(data_dir=tmp_path / "data", secrets_provider="awskms://x"))
+        assert not {"MACHINEUSE_LEDGER", "PULUMI_CONFIG_PASSPHRASE_FILE"} & given.keys()
+
     def test_leaves_the_official_language_host_alone(self, machine: Path, tmp_path: Path) -> None:
         cli = put_cached_cli(machine)
         put_script(cli.parent / "pulumi-language-python", "echo official")
@@ -209,6 +219,26 @@ class TestPackages:
         assert caught.value.resolution == (
             "Run: sudo apt-get update && sudo apt-get install -y --no-install-recommends docker.io"
         )
+
+
+class TestPostgresql:
+    def test_is_there_after_the_set_up_and_is_not_got_twice(self) -> None:
+        lines: list[str] = []
+        step = Step("PostgreSQL server for tests", write=lines.append)
+        test_tools.provide_postgresql(step)
+        assert lines == []
+        assert os.access(test_tools.postgresql_programs() / "initdb", os.X_OK)
+
+    def test_says_the_exact_command_where_we_may_not_install(self, step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+        def find_none() -> Path:
+            raise SetupError("none")
+
+        monkeypatch.setattr(os, "geteuid", lambda: 1000)
+        monkeypatch.setattr(packages, "_is_debian", lambda: True)
+        monkeypatch.setattr(test_tools, "postgresql_programs", find_none)
+        with pytest.raises(SetupError) as caught:
+            test_tools.provide_postgresql(step)
+        assert "--no-install-recommends postgresql" in (caught.value.resolution or "")
 
 
 class TestDockerEngine:

@@ -34,6 +34,7 @@ def _logs_through_the_standard_library() -> Iterator[None]:
         (errors.SnapshotMissing, 409),
         (errors.NoCapacity, 503),
         (errors.NodeUnreachable, 503),
+        (errors.LedgerUnavailable, 503),
         (errors.DockerError, 500),
         (errors.EngineError, 500),
         (errors.LedgerMismatch, 500),
