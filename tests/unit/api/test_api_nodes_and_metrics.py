@@ -7,6 +7,7 @@ import time
 import pytest
 from fastapi.testclient import TestClient
 
+from provisioner.lease import LEASE
 from provisioner.ledger.records import NodeStatus
 from provisioner.ledger.samples import Sample, Scope, Usage
 from tests.unit.api.conftest import FakeServices
@@ -20,8 +21,8 @@ def test_health_counts_instances_and_nodes(services: FakeServices, client: TestC
         "running_instances": 0,
         "nodes_count": 1,
         "nodes_online": 1,
-        "leading": True,
         "leader": None,
+        "leading": True,
     }
     services.ledger.nodes.observe("local", values={"status": NodeStatus.OFFLINE})
     assert client.get("/health").json()["nodes_online"] == 0
@@ -65,3 +66,11 @@ def test_prometheus_finds_instances_and_nodes(client: TestClient) -> None:
     assert answer.headers["content-type"].startswith("text/plain")
     assert 'machineuse_instances{status="creating"} 1.0' in answer.text
     assert 'machineuse_node_online{node="local"} 1.0' in answer.text
+
+
+def test_who_leads_is_told(services: FakeServices, client: TestClient) -> None:
+    assert client.get("/health").json()["leader"] is None
+    services.ledger.leases.take(LEASE, holder="somewhere|7|m|1", duration_s=60)
+    health = client.get("/health").json()
+    assert (health["leader"], health["leading"]) == ("somewhere:7", True)
+    assert "machineuse_leading 1.0" in client.get("/metrics").text
