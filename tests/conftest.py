@@ -71,12 +71,21 @@ def postgres() -> Iterator[PostgresServer]:
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def new_ledger_location(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Path | SecretStr]:
+def new_ledger_location(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], Path | SecretStr]]:
     """Give a function that says where a ledger may be: whoever uses it runs once for each kind of database."""
     if request.param == "sqlite":
-        return lambda: tmp_path / secrets.token_hex(4) / "ledger.db"
+        yield lambda: tmp_path / secrets.token_hex(4) / "ledger.db"
+        return
     server: PostgresServer = request.getfixturevalue("postgres")
-    return server.new_ledger
+    given: list[SecretStr] = []
+
+    def make() -> SecretStr:
+        given.append(server.new_ledger())
+        return given[-1]
+
+    yield make
+    for url in given:
+        server.give_back(url)
 
 
 @pytest.fixture
