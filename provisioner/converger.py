@@ -36,6 +36,7 @@ from provisioner.errors import (
     EngineError,
     LeaseLost,
     MachineuseError,
+    NodeUnreachable,
     PortTaken,
     SnapshotFailed,
     StackLocked,
@@ -338,7 +339,8 @@ class Converger:
             return
         if isinstance(error, DockerNotFound) and self._cluster.node(record.node_id) is not None:
             self._doubtful_nodes.add(record.node_id)
-        last = record.attempts + 1 >= self._settings.create_attempts
+        # A node that does not answer says nothing about the instance: it is tried again when the node is back.
+        last = record.attempts + 1 >= self._settings.create_attempts and not isinstance(error, NodeUnreachable)
         if isinstance(error, PortTaken) and (record.repair or not last):
             self._ledger.instances.change(
                 record.id, lambda r, loads: self._other_ports(r, loads=loads, generation=generation, error=error)

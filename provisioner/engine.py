@@ -150,9 +150,12 @@ class Engine:
     def _state_file(self) -> Path:
         return self._settings.state_dir / ".pulumi" / "stacks" / PROJECT / f"{self._stack}.json"
 
-    def update(self, program: Program, *, targets: Sequence[str] = (), refresh: bool = False) -> UpdateResult:
+    def update(
+        self, program: Program, *, targets: Sequence[str] = (), excludes: Sequence[str] = (), refresh: bool = False
+    ) -> UpdateResult:
         """Run one update of the stack with `program`, restricted to the `targets` where there are any.
 
+        Where there are none, `excludes` are left as they are, whatever the program says: URNs, or patterns of them.
         A resource's failure is in the result and stops no other resource. Raises StackLocked when somebody else's
         update does not end in time, and EngineError when there was no update at all.
         """
@@ -160,7 +163,7 @@ class Engine:
             deadline = time.monotonic() + LOCK_WAIT_S
             while True:
                 try:
-                    return self._update(program, targets=targets, refresh=refresh)
+                    return self._update(program, targets=targets, excludes=excludes, refresh=refresh)
                 except StackLocked as error:
                     if self._break_dead_locks(error.detail or ""):
                         continue
@@ -168,7 +171,9 @@ class Engine:
                         raise
                     time.sleep(0.25)
 
-    def _update(self, program: Program, *, targets: Sequence[str], refresh: bool) -> UpdateResult:
+    def _update(
+        self, program: Program, *, targets: Sequence[str], excludes: Sequence[str], refresh: bool
+    ) -> UpdateResult:
         started = time.monotonic()
         self._languages.program = program
         with tempfile.TemporaryDirectory(prefix="machineuse-update-") as directory:
@@ -180,6 +185,8 @@ class Engine:
                 arguments.append("--refresh")
             for urn in targets:
                 arguments += ["--target", urn]
+            for urn in excludes:
+                arguments += ["--exclude", urn]
             done = self._call(arguments)
             self._lease.check()  # another one may lead by now: what became of this update is no news any more
             result = read_events(events, duration_s=time.monotonic() - started)

@@ -139,6 +139,7 @@ class NodeHealth:
         if known.status is NodeStatus.ONLINE and misses >= self._settings.offline_after_misses:
             event = ("node_offline", f"node {node.id} does not answer: {error.explain()}")
             log.warning("node offline", node=node.id, error=error.message, detail=error.detail)
+            self._hosts.of(node).hang_up()  # an update that waits for it holds up all others
         if known.status is NodeStatus.OFFLINE or event is not None:
             values |= {"status": NodeStatus.OFFLINE, "cpu_percent": None, "memory_percent": None, "disk_percent": None}
             values["offline_since"] = known.offline_since or time.time()

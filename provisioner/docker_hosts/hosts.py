@@ -30,6 +30,7 @@ from docker.errors import APIError, DockerException, NotFound, create_api_error_
 from docker.tls import TLSConfig
 from docker.utils import version_lt
 
+from provisioner.docker_hosts.connections import Connections
 from provisioner.docker_hosts.endpoints import Endpoint, explain_silence
 from provisioner.docker_hosts.tunnels import Tunnel
 from provisioner.errors import DockerError, DockerNotFound, MachineuseError, NodeUnreachable, PortTaken
@@ -64,8 +65,9 @@ R = TypeVar("R")
 class _Client(docker.APIClient):
     """docker-py's low-level client, with a time limit for connecting that is apart from the one for answering."""
 
-    def __init__(self, *, connect_timeout_s: float, **kwargs: Any) -> None:
+    def __init__(self, *, connect_timeout_s: float, connections: Connections, **kwargs: Any) -> None:
         self.connect_timeout_s = connect_timeout_s  # first: the constructor asks the engine for its API version
+        self._connections = connections
         super().__init__(**kwargs)
 
     def request(self, *args: Any, **kwargs: Any) -> requests.Response:
@@ -74,6 +76,11 @@ class _Client(docker.APIClient):
         if timeout is None or isinstance(timeout, int | float):
             kwargs["timeout"] = (self.connect_timeout_s, timeout)
         return super().request(*args, **kwargs)
+
+    def get_adapter(self, url: str) -> Any:
+        adapter = super().get_adapter(url)
+        self._connections.watch(adapter)
+        return adapter
 
     def _disable_socket_timeout(self, socket: object) -> None:
         """Keep the limit that docker-py lifts while it reads a stream: an engine may freeze in the middle of one."""
@@ -107,6 +114,7 @@ class DockerHost:
         self._workers: dict[tuple[float, float], docker.APIClient] = {}
         """By how long to wait for an answer, and for a connection (or for the engine to read)."""
         self._locks: dict[str, threading.Lock] = {}
+        self._connections = Connections()
         self._alive_at = float("-inf")
         self._silent_at = float("-inf")
 
@@ -179,6 +187,7 @@ class DockerHost:
         with self.errors("connect"):
             return _Client(
                 connect_timeout_s=connect_timeout_s or self.timeout_s,
+                connections=self._connections,
                 base_url=self._tunnel.url if self._tunnel is not None else self.url,
                 version=version,
                 timeout=timeout_s,
@@ -258,6 +267,11 @@ class DockerHost:
             )
         if now - self._alive_at > ALIVE_FOR_S:
             self.ping()
+
+    def hang_up(self) -> None:
+        """Break all connections: whoever waits for an answer of this engine gets NodeUnreachable now."""
+        self._alive_at = float("-inf")
+        self._connections.hang_up()
 
     def info(self) -> dict[str, Any]:
         """Return what the engine says about itself and its machine (`docker info`)."""

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import psutil
@@ -22,6 +23,12 @@ from tests.support.engines import Engine
 from tests.support.watched import wait_until
 
 LIMIT_S = 2.0
+
+
+@pytest.fixture(scope="module")
+def near() -> Iterator[Engine]:
+    with Engine(browser_image=False) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +159,27 @@ def test_a_machine_without_a_network_costs_the_time_limit_and_comes_back(
     finally:
         engine.thaw()
     wait_until(lambda: answers(host), what="the engine answers again")
+
+
+@pytest.mark.parametrize("fixture", ["near", "secured", "behind_ssh"])
+def test_who_waits_for_a_frozen_engine_is_told_when_it_is_given_up(
+    request: pytest.FixtureRequest, hosts: DockerHosts, fixture: str
+) -> None:
+    engine: Engine = request.getfixturevalue(fixture)
+    host = hosts.get(engine.url, cert_path=engine.cert_path, ssh_opts=engine.ssh_opts)
+    api = host.slow_api
+    engine.freeze()
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(host.call, "list images", api.images)  # would wait for ten minutes
+            assert wait([waiting], timeout=1).not_done
+            host.hang_up()
+            with pytest.raises(NodeUnreachable, match="does not answer"):
+                waiting.result(timeout=10)
+    finally:
+        engine.thaw()
+    wait_until(lambda: answers(host), what="the engine answers again")
+    assert host.call("list images", host.slow_api.images) == []
 
 
 # ---- ssh
