@@ -77,7 +77,7 @@ def test_without_a_certificate_nobody_is_let_in(secured: Engine, hosts: DockerHo
     assert secured.cert_path is not None
     shutil.copytree(secured.cert_path, tmp_path / "broken")
     (tmp_path / "broken" / "cert.pem").write_text("no certificate")
-    assert "a file in cert_path is not what its name says" in refusal(hosts.get(secured.url, cert_path="broken"))
+    assert "a file in cert_path is no certificate or key" in refusal(hosts.get(secured.url, cert_path="broken"))
 
 
 @pytest.mark.parametrize("days", [2, -1])
