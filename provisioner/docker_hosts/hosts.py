@@ -334,6 +334,14 @@ class DockerHosts:
         """Return a node's engine."""
         return self.get(node.host, cert_path=node.cert_path, ssh_opts=node.ssh_opts)
 
+    def keep_only(self, nodes: Iterable[NodeSpec]) -> None:
+        """Forget, and close, the engines of all but these nodes: after nodes were removed, or are reached otherwise."""
+        kept = {(node.host, node.cert_path, node.ssh_opts) for node in nodes}
+        with self._lock:
+            gone = [self._hosts.pop(key) for key in set(self._hosts) - kept]
+        for host in gone:
+            host.close()
+
     def close(self) -> None:
         """Close all idle connections and tunnels."""
         with self._lock:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -18,6 +19,7 @@ import pytest
 from provisioner.docker_hosts.containers import find_container
 from provisioner.docker_hosts.hosts import DockerHost, DockerHosts
 from provisioner.errors import NodeUnreachable
+from stacks.spec import NodeSpec
 from tests.support.certificates import CertificateAuthority
 from tests.support.engines import Engine
 from tests.support.watched import wait_until
@@ -84,7 +86,7 @@ def test_without_a_certificate_nobody_is_let_in(secured: Engine, hosts: DockerHo
     assert secured.cert_path is not None
     shutil.copytree(secured.cert_path, tmp_path / "broken")
     (tmp_path / "broken" / "cert.pem").write_text("no certificate")
-    assert "a file in cert_path is not what its name says" in refusal(hosts.get(secured.url, cert_path="broken"))
+    assert "a file in cert_path is no certificate or key" in refusal(hosts.get(secured.url, cert_path="broken"))
 
 
 @pytest.mark.parametrize("days", [2, -1])
@@ -201,6 +203,36 @@ def test_an_engine_behind_ssh_is_reached_through_one_process(behind_ssh: Engine,
     assert tunnels() == []
 
 
+def test_the_tunnel_of_a_node_that_is_removed_is_closed(behind_ssh: Engine, hosts: DockerHosts) -> None:
+    stays, goes = NodeSpec(id="a"), NodeSpec.model_validate(behind_ssh.node("b"))
+    kept, gone = hosts.of(stays), hosts.of(goes)
+    gone.ping()
+    hosts.keep_only([stays, goes])
+    assert len(tunnels()) == 1
+    hosts.keep_only([stays])
+    assert tunnels() == []
+    assert hosts.of(stays) is kept
+    assert hosts.of(goes) is not gone
+
+
+def test_no_tunnel_outlives_its_process(behind_ssh: Engine) -> None:
+    program = (
+        "import sys, time; from provisioner.docker_hosts.hosts import DockerHosts;"
+        "host = DockerHosts().get(sys.argv[1], ssh_opts=sys.argv[2:]); host.ping(); print('open', flush=True);"
+        "time.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, behind_ssh.url, *behind_ssh.ssh_opts], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert "open\n" in iter(process.stdout.readline, "")
+    (tunnel,) = tunnels(psutil.Process(process.pid))
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    wait_until(lambda: not is_alive(tunnel), what="the tunnel has ended")
+
+
 def test_many_threads_share_the_tunnel(behind_ssh: Engine, hosts: DockerHosts) -> None:
     host = hosts.get(behind_ssh.url, ssh_opts=behind_ssh.ssh_opts)
     threads = [threading.Thread(target=host.ping) for _ in range(8)]
@@ -245,8 +277,13 @@ def answers(host: DockerHost) -> bool:
     return True
 
 
-def tunnels() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if child.name() == "ssh" and child.status() != "zombie"]
+def tunnels(process: psutil.Process | None = None) -> list[psutil.Process]:
+    children = (process or psutil.Process()).children()
+    return [child for child in children if child.name() == "ssh" and is_alive(child)]
+
+
+def is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 class Passing:
