@@ -208,10 +208,10 @@ def wish_repaired(record: InstanceRecord, *, reason: str) -> Update | None:
         return None
     if record.status not in UP and not record.repair:
         return None
-    return Update(
-        values=_new_wish(record, wanted=Wanted.RUNNING, event=Event.LOST) | {"repair": True},
-        event=("lost", reason),
-    )
+    values = _new_wish(record, wanted=Wanted.RUNNING, event=Event.LOST) | {"repair": True}
+    if record.status in UP:  # what it says went wrong is of its caller's last wish, and a repair is nobody's wish
+        values = {name: value for name, value in values.items() if name not in _FORGET_ERROR}
+    return Update(values=values, event=("lost", reason))
 
 
 def _new_wish(record: InstanceRecord, *, wanted: Wanted, event: Event) -> dict[str, Any]:

@@ -34,13 +34,22 @@ from provisioner.docker_hosts.inventory import list_volumes
 from provisioner.engine import Engine, Program
 from provisioner.errors import Conflict, DockerError, EngineError, LedgerMismatch, MachineuseError
 from provisioner.ledger import Ledger
-from provisioner.ledger.records import InstanceRecord
+from provisioner.ledger.records import InstanceRecord, NodeStatus
 from provisioner.outcomes import error_of
 from provisioner.settings import Settings
-from provisioner.specs import specs_of
+from provisioner.specs import all_urns, specs_of
 from provisioner.states import Wanted
 from stacks.cluster import declare
-from stacks.names import NETWORK_TYPE, PROVIDER_TYPE, Names, network_name, node_if_there, provider_name
+from stacks.names import (
+    NETWORK_TYPE,
+    NODE_IMAGE_TYPE,
+    PROVIDER_TYPE,
+    Names,
+    network_name,
+    node_if_there,
+    node_image_name,
+    provider_name,
+)
 from stacks.spec import ClusterSpec, NodeSpec
 
 log = structlog.get_logger(__name__)
@@ -253,11 +262,31 @@ class Reload:
         async def program() -> None:
             await declare(spec, ledger_id=self._ledger.id, instances=wanted)
 
-        return self._record(engine, program, targets=(), spec=spec)
+        return self._record(engine, program, excludes=self._urns_on_silent_nodes(), spec=spec)
 
-    def _record(self, engine: Engine, program: Program, *, targets: Collection[str], spec: ClusterSpec) -> bool:
+    def _urns_on_silent_nodes(self) -> list[str]:
+        """Return what would wait for a node that does not answer, and fail.
+
+        The converger makes its network when the first instance misses it, and brings it the images they need; and it
+        goes on with its instances once it answers.
+        """
+        silent = [node.id for node in self._ledger.nodes.list() if node.status is NodeStatus.OFFLINE]
+        urns = [self._names.urn(NETWORK_TYPE, network_name(node_id)) for node_id in silent]
+        urns += [self._names.urn(NODE_IMAGE_TYPE, node_image_name(node_id, "*")) for node_id in silent]
+        waiting = [r for r in self._ledger.instances.unsettled() if r.node_id in silent and r.wanted is Wanted.RUNNING]
+        return urns + [urn for record in waiting for urn in all_urns(record, names=self._names)]
+
+    def _record(
+        self,
+        engine: Engine,
+        program: Program,
+        *,
+        targets: Collection[str] = (),
+        excludes: Collection[str] = (),
+        spec: ClusterSpec,
+    ) -> bool:
         """Run an update after which the stack is as `spec` says; return whether it is."""
-        result = engine.update(program, targets=tuple(targets))
+        result = engine.update(program, targets=tuple(targets), excludes=tuple(excludes))
         for urn, words in result.errors.items():
             error = error_of(words)
             if isinstance(error, LedgerMismatch):

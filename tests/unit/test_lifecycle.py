@@ -172,6 +172,12 @@ def test_a_lost_container_is_wanted_again() -> None:
     assert lifecycle.wish_repaired(record, reason="gone") is None
 
 
+def test_a_repair_does_not_hide_how_the_last_wish_ended() -> None:
+    failed = make_record(error_code="snapshot_failed", error_message="The store is full.", error_generation=1)
+    repaired = apply(failed, lifecycle.wish_repaired(failed, reason="its container has stopped"))
+    assert (repaired.repair, repaired.error_code, repaired.error_generation) == (True, "snapshot_failed", 1)
+
+
 def test_what_is_lost_again_after_its_repair_was_given_up_is_repaired_again() -> None:
     record = apply(make_record(), lifecycle.wish_repaired(make_record(), reason="gone"))
     given_up = apply(

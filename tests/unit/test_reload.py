@@ -35,14 +35,18 @@ class ListeningEngine:
 
     def __init__(self) -> None:
         self.updates: list[tuple[str, ...]] = []
+        self.excludes: tuple[str, ...] = ()
         self.fails: dict[str, str] | EngineError = {}
 
     def ensure_stack(self) -> bool:
         return False
 
-    def update(self, program: Any, *, targets: Sequence[str] = (), refresh: bool = False) -> UpdateResult:
+    def update(
+        self, program: Any, *, targets: Sequence[str] = (), excludes: Sequence[str] = (), refresh: bool = False
+    ) -> UpdateResult:
         del program, refresh
         self.updates.append(tuple(targets))
+        self.excludes = tuple(excludes)
         if isinstance(self.fails, EngineError):
             raise self.fails
         return UpdateResult(outputs={urn: {} for urn in targets if urn not in self.fails}, errors=self.fails)
