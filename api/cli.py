@@ -31,8 +31,8 @@ app.add_typer(snapshots, name="snapshots")
 
 @app.command()
 def serve(
-    host: Annotated[str | None, typer.Option(help="Address to serve on [default: 127.0.0.1].")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to serve on; 0 takes a free one [default: 8000].")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to serve on (default: 127.0.0.1).")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to serve on; 0 takes a free one (default: 8000).")] = None,
     data_dir: DataDirOption = None,
     cluster: ClusterOption = None,
 ) -> None:

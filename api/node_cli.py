@@ -64,19 +64,19 @@ def add(
     node_id: NodeId,
     host: Annotated[str, typer.Option(help="unix://PATH, tcp://HOST:PORT or ssh://USER@HOST[:PORT].")],
     address: Annotated[
-        str | None, typer.Option(help="Where clients reach the instances' ports [default: the host's name].")
+        str | None, typer.Option(help="Where clients reach the instances' ports (default: the host's name).")
     ] = None,
     bind_ip: Annotated[
-        str | None, typer.Option(help="The node's address that those ports are bound to [default: 127.0.0.1].")
+        str | None, typer.Option(help="The node's address that those ports are bound to (default: 127.0.0.1).")
     ] = None,
-    ports: Annotated[str | None, typer.Option(help="Which ports, FIRST-LAST [default: 21000-24999].")] = None,
-    max_instances: Annotated[int | None, typer.Option(help="How many instances at most [default: 50].")] = None,
+    ports: Annotated[str | None, typer.Option(help="Which ports, FIRST-LAST (default: 21000-24999).")] = None,
+    max_instances: Annotated[int | None, typer.Option(help="How many instances at most (default: 50).")] = None,
     label: Annotated[list[str] | None, typer.Option(help="KEY=VALUE, for callers to ask for; may be repeated.")] = None,
     cert_path: Annotated[
         Path | None, typer.Option(help="The directory of ca.pem, cert.pem and key.pem for tcp://.")
     ] = None,
     ssh_opt: Annotated[list[str] | None, typer.Option(help="One argument for ssh; may be repeated.")] = None,
-    volume: Annotated[str | None, typer.Option(help="docker or ebs: what homes are on [default: docker].")] = None,
+    volume: Annotated[str | None, typer.Option(help="docker or ebs: what homes are on (default: docker).")] = None,
     cloud_instance_id: Annotated[str | None, typer.Option(help="Which cloud machine it is, for ebs.")] = None,
     cloud_zone: Annotated[str | None, typer.Option(help="In which zone that is.")] = None,
     unchecked: Annotated[bool, typer.Option("--unchecked", help="Add it even if its engine does not answer.")] = False,

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from provisioner.settings import Settings
 
 DataDirOption = Annotated[
-    Path | None, typer.Option("--data-dir", help="Where everything is kept [default: .machineuse in the checkout].")
+    Path | None, typer.Option("--data-dir", help="Where everything is kept (default: .machineuse in the checkout).")
 ]
-ClusterOption = Annotated[str | None, typer.Option("--cluster", help="Which Pulumi.<cluster>.yaml [default: local].")]
+ClusterOption = Annotated[str | None, typer.Option("--cluster", help="Which Pulumi.<cluster>.yaml (default: local).")]
 
 
 def read_settings(**given: Any) -> Settings:

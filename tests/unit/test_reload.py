@@ -17,7 +17,7 @@ from provisioner.engine import UpdateResult
 from provisioner.errors import Conflict, EngineError
 from provisioner.ledger import Ledger
 from provisioner.ledger.instances import Update
-from provisioner.ledger.records import SnapshotRecord, SnapshotState
+from provisioner.ledger.records import NodeStatus, SnapshotRecord, SnapshotState
 from provisioner.reload import Reload
 from provisioner.settings import Settings
 from provisioner.states import Status, Wanted
@@ -142,6 +142,14 @@ def test_what_changes_no_resource_costs_no_update(cell: Cell) -> None:
 def test_another_address_to_bind_to_is_a_full_update(cell: Cell) -> None:
     cell.write(A.replace("}", ", bind_ip: 127.0.0.2}"))
     assert cell.engine.updates == [()]
+
+
+def test_a_full_update_leaves_out_what_would_wait_for_a_silent_node(cell: Cell) -> None:
+    cell.write(AB)
+    cell.ledger.nodes.observe("a", values={"status": NodeStatus.ONLINE})
+    cell.write(AB.replace("}", ", bind_ip: 127.0.0.2}"))
+    assert cell.engine.updates[-1] == ()
+    assert [urn.rsplit("::", 1)[1] for urn in cell.engine.excludes] == ["b-network", "b-image-*"]
 
 
 def test_a_file_is_not_believed_while_it_is_written(cell: Cell) -> None:
