@@ -158,7 +158,9 @@ class Instance(_Answer):
     restore_note: str | None = Field(description="Why another method than the one asked for was used.")
     disk_bytes: int | None
     disk_over: bool = Field(description="Whether it uses more than disk_gb.")
-    disk_enforced: bool = Field(description="Whether the node's storage driver enforces disk_gb.")
+    disk_enforced: bool = Field(
+        description="Whether disk_gb can't be exceeded: by a cloud volume's size, or the node's storage."
+    )
 
 
 class InstanceList(_Answer):

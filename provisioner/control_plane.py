@@ -15,6 +15,8 @@ from datetime import timedelta
 import structlog
 
 from provisioner.changes import RECHECK_S, Changes
+from provisioner.cloud_orphans import CloudOrphans
+from provisioner.cloud_preparation import CloudPreparation
 from provisioner.cluster import Cluster
 from provisioner.clusterfile import read_cluster
 from provisioner.converger import GATHER_S, Converger
@@ -40,6 +42,7 @@ from provisioner.service import InstanceService
 from provisioner.settings import Settings
 from provisioner.snapshots.location import open_store
 from provisioner.specs import specs_of
+from provisioner.volumes.location import open_regions
 from stacks.cluster import declare
 from stacks.spec import ClusterSpec
 
@@ -69,7 +72,9 @@ class ControlPlane:
         self.store = open_store(settings)
         guard = LedgerGuard(self.ledger, stop_timeout_s=settings.stop_timeout_s)
         docker = DockerProvider(hosts=self.hosts, policy=guard)
-        self._plugins = PluginHost([docker, MachineusePlugin(store=self.store, hosts=self.hosts, policy=guard)])
+        regions = open_regions(settings)
+        machineuse = MachineusePlugin(store=self.store, hosts=self.hosts, policy=guard, regions=regions)
+        self._plugins = PluginHost([docker, machineuse])
         self._preparation = Preparation(
             self.ledger,
             cluster=self.cluster,
@@ -78,6 +83,9 @@ class ControlPlane:
             settings=settings,
             changes=self.changes,
             docker=docker,
+            cloud=CloudPreparation(
+                self.ledger, cluster=self.cluster, hosts=self.hosts, store=self.store, regions=regions
+            ),
         )
         catalogue = ImageCatalogue(self.cluster, hosts=self.hosts)
         self.instances = InstanceService(
@@ -102,6 +110,7 @@ class ControlPlane:
         )
         disk = DiskWatch(self.ledger, cluster=self.cluster, hosts=self.hosts)
         sampler = Sampler(self.ledger, cluster=self.cluster, hosts=self.hosts)
+        orphans = CloudOrphans(self.ledger, cluster=self.cluster, regions=regions)
         self._loops = [
             Loop("heartbeat", self._nodes.step, every_s=settings.heartbeat_s),
             Loop("readiness", self._readiness.step, every_s=settings.heartbeat_s),
@@ -111,6 +120,7 @@ class ControlPlane:
             Loop("sampler", sampler.step, every_s=settings.sample_s),
             # In a loop, not in the way of the start: a store that can't be reached is a warning, and tried again.
             Loop("snapshot store", lambda: self.store.clean_up(older_than=ABANDONED_AFTER), every_s=PRUNE_EVERY_S),
+            Loop("cloud", orphans.step, every_s=settings.cloud_check_s),
             Loop("events", self.ledger.events.prune, every_s=PRUNE_EVERY_S),
         ]
         self._stopping = threading.Event()

@@ -11,7 +11,7 @@ from provisioner.plugins.policy import DeleteDecision
 from provisioner.states import Wanted
 from stacks.names import INSTANCE_LABEL, LEDGER_LABEL
 
-BODY_KINDS = frozenset({"container", "volume"})
+BODY_KINDS = frozenset({"container", "volume", "cloud_volume"})
 
 
 class LedgerGuard:

@@ -47,6 +47,7 @@ def wish_dormant(record: InstanceRecord, *, reason: str) -> Update | None:
         state=SnapshotState.PENDING,
         bytes=None,
         created_at=time.time(),
+        volume=record.volume,
     )
     return Update(
         values=_new_wish(record, wanted=Wanted.DORMANT, event=Event.SLEEP) | {"snapshot_generation": generation},
@@ -70,8 +71,19 @@ def check_revivable(record: InstanceRecord) -> None:
         raise Conflict(f"Instance {record.id} has no snapshot to restore.")
 
 
-def wish_revived(record: InstanceRecord, *, method: str, node_id: str, ports: tuple[int, ...]) -> Update:
-    """Want a dormant instance back, on that node and those ports (debug and stream, where it has them)."""
+def wish_revived(
+    record: InstanceRecord,
+    *,
+    method: str,
+    node_id: str,
+    ports: tuple[int, ...],
+    volume: str,
+    disk_enforced: bool,
+) -> Update:
+    """Want a dormant instance back, on that node and those ports (debug and stream, where it has them).
+
+    `volume` and `disk_enforced` are the node's: another node may do it otherwise.
+    """
     check_revivable(record)
     debug_port, stream_port = ports if record.browser else (None, None)
     return Update(
@@ -84,6 +96,8 @@ def wish_revived(record: InstanceRecord, *, method: str, node_id: str, ports: tu
             "node_id": node_id,
             "debug_port": debug_port,
             "stream_port": stream_port,
+            "volume": volume,
+            "disk_enforced": disk_enforced,
             "body": True,
         },
         take_ports=ports,

@@ -20,6 +20,7 @@ from typing import Any
 import structlog
 
 from provisioner.changes import Changes
+from provisioner.cloud_preparation import EBS, CloudPreparation
 from provisioner.cluster import Cluster
 from provisioner.converger import Step, Work
 from provisioner.docker_hosts.archives import DockerMachine
@@ -68,7 +69,9 @@ class Preparation:
         settings: Settings,
         changes: Changes,
         docker: DockerProvider,
+        cloud: CloudPreparation,
     ) -> None:
+        self._cloud = cloud
         self._ledger = ledger
         self._cluster = cluster
         self._hosts = hosts
@@ -95,7 +98,9 @@ class Preparation:
         """
         if work.step is Step.CREATE:
             job = self._prepare_image(work.record)
-            if job is None:
+            if work.record.volume == EBS:
+                job = self._prepare_cloud_body
+            elif job is None:
                 self._start_ahead(work.record)
         elif self._is_making_ahead(work.record):
             return False
@@ -103,6 +108,8 @@ class Preparation:
             job = self._prepare_snapshot
         elif work.step is Step.DELETE and self._is_capturing(work.record):
             return False
+        elif work.record.volume == EBS and work.step in (Step.SHED, Step.DELETE):
+            job = self._release
         else:
             job = self._discard if work.record.obsolete_snapshots else None
         if job is None:
@@ -186,6 +193,8 @@ class Preparation:
         node = self._cluster.node(record.node_id)
         if node is None:
             return
+        if record.volume == EBS:
+            self._cloud.release(record)
         host = self._hosts.of(node)
         container, volume = self._names.docker_container(record.id), self._names.docker_volume(record.id)
         try:
@@ -221,15 +230,18 @@ class Preparation:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _is_capturing(self, record: InstanceRecord) -> bool:
-        """Say whether a snapshot of the instance is still being captured, and worth waiting for."""
+        """Say whether a snapshot of the instance is still captured, or its volume made, and worth waiting for."""
         with self._lock:
             for key in [key for key in self._jobs if key[0] == record.id and key[1] != record.generation]:
                 if self._jobs[key].done():
                     del self._jobs[key]
-                elif key[2] is Step.SNAPSHOT and self._is_patient(record):
+                elif self._matters(key[2], record) and self._is_patient(record):
                     return True
         self._patience.pop(record.id, None)
         return False
+
+    def _matters(self, step: Step, record: InstanceRecord) -> bool:
+        return step is Step.SNAPSHOT or (step is Step.CREATE and record.volume == EBS)
 
     def _node_of(self, record: InstanceRecord) -> NodeSpec:
         node = self._cluster.node(record.node_id)
@@ -247,6 +259,15 @@ class Preparation:
             return self._pull
         self._images[key] = time.monotonic()
         return None
+
+    def _prepare_cloud_body(self, record: InstanceRecord) -> None:
+        if (pull := self._prepare_image(record)) is not None:
+            pull(record)
+        self._cloud.make_volume(record)
+
+    def _release(self, record: InstanceRecord) -> None:
+        self._cloud.release(record)
+        self._discard(record)
 
     def _pull(self, record: InstanceRecord) -> None:
         host = self._hosts.of(self._node_of(record))
@@ -284,6 +305,7 @@ class Preparation:
             machine=DockerMachine(self._hosts.of(node), helper_image=self._cluster.helper_image),
             store=self._store,
             progress=lambda said: log.debug("snapshot", instance=record.id, progress=said),
+            home_keeper=self._cloud.home_keeper(record, generation=generation),
         ).run()
         now = self._ledger.instances.find(record.id)
         if now is None or now.wanted is Wanted.ABSENT:
@@ -305,6 +327,7 @@ class Preparation:
                         raise
                     urn = self._names.snapshot_urn(record.id, generation)
                     self._ledger.leftovers.add(node_id=node.id, urn=urn, name=copy)
+            self._cloud.discard(record, generation=generation)
             self._store.delete(SnapshotId(instance_id=record.id, generation=generation))
 
 

@@ -7,6 +7,7 @@ Nothing here changes anything on a node. `outcome` waits for what becomes of a w
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import secrets
 import socket
 import time
@@ -16,7 +17,15 @@ from dataclasses import dataclass
 from provisioner import lifecycle
 from provisioner.changes import RECHECK_S, Changes
 from provisioner.cluster import Cluster
-from provisioner.errors import Conflict, MachineuseError, NotFound, SnapshotCorrupt, SnapshotFailed, SnapshotMissing
+from provisioner.errors import (
+    Conflict,
+    MachineuseError,
+    NoCapacity,
+    NotFound,
+    SnapshotCorrupt,
+    SnapshotFailed,
+    SnapshotMissing,
+)
 from provisioner.images import ImageCatalogue, ResolvedImage
 from provisioner.ledger import Ledger
 from provisioner.ledger.instances import LoadReader, Update
@@ -118,8 +127,15 @@ class InstanceService:
                 ports=2 if record.browser else 0,
                 node_preference=record.node_id,
             )
-            place = self._place(need, loads=loads)
-            return lifecycle.wish_revived(record, method=method, node_id=place.node.id, ports=place.ports)
+            place = self._place(need, loads=loads, nodes=self._keepers_of(record))
+            return lifecycle.wish_revived(
+                record,
+                method=method,
+                node_id=place.node.id,
+                ports=place.ports,
+                volume=place.node.volume,
+                disk_enforced=self._enforces_disk(place.node),
+            )
 
         return self._wish(instance_id, decide)
 
@@ -166,10 +182,40 @@ class InstanceService:
         self._changes.work.set()
         return record
 
-    def _place(self, need: Need, *, loads: LoadReader) -> Place:
+    def _enforces_disk(self, node: NodeSpec) -> bool:
+        """Say whether a home on that node can't outgrow `disk_gb`."""
+        return node.volume == "ebs" or self._ledger.nodes.get(node.id).disk_quota
+
+    def _keepers_of(self, record: InstanceRecord) -> tuple[NodeSpec, ...]:
+        """Return the nodes that a dormant instance can be revived on: a home in the cloud stays in its region."""
+        kept = record.snapshot(record.snapshot_generation)
+        if kept is None or kept.volume != "ebs":
+            return self._cluster.nodes
+        last = self._cluster.node(kept.node_id)
+        region = last.cloud.region if last is not None and last.cloud is not None else None
+        nodes = tuple(
+            node
+            for node in self._cluster.nodes
+            if node.volume == "ebs" and node.cloud is not None and region in (None, node.cloud.region)
+        )
+        if not nodes:
+            raise NoCapacity(
+                f"The home of instance {record.id} is a snapshot in the cloud"
+                + (f" in {region}" if region else "")
+                + ", and the cluster has no node with `volume: ebs` there.",
+                resolution="Add such a node to the cluster's file.",
+            )
+        return nodes
+
+    def _place(self, need: Need, *, loads: LoadReader, nodes: tuple[NodeSpec, ...] | None = None) -> Place:
+        spec = self._cluster.spec
+        if nodes is not None and nodes != spec.nodes:
+            spec = spec.model_copy(update={"nodes": nodes})
+            if spec.node(need.node_preference or "") is None:
+                need = dataclasses.replace(need, node_preference=None)
         return choose_place(
             need,
-            cluster=self._cluster.spec,
+            cluster=spec,
             nodes=self._ledger.nodes.list(),
             loads=loads(),
             overcommit=Overcommit(memory=self._settings.memory_overcommit, cpu=self._settings.cpu_overcommit),
@@ -179,7 +225,6 @@ class InstanceService:
     def _draft(self, request: CreateRequest, *, image: ResolvedImage, place: Place) -> tuple[InstanceRecord, str]:
         now = time.time()
         debug_port, stream_port = place.ports if image.browser else (None, None)
-        node = self._ledger.nodes.get(place.node.id)
         record = InstanceRecord(
             id="mu-" + "".join(secrets.choice(_ID_ALPHABET) for _ in range(8)),
             node_id=place.node.id,
@@ -190,7 +235,8 @@ class InstanceService:
             memory_gb=request.memory_gb,
             cpu_cores=request.cpu_cores,
             disk_gb=request.disk_gb,
-            disk_enforced=node.disk_quota,
+            volume=place.node.volume,
+            disk_enforced=self._enforces_disk(place.node),
             idle_timeout_minutes=request.idle_timeout_minutes,
             auto_snapshot=request.auto_snapshot,
             created_at=now,

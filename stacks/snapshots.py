@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pulumi
+
+from stacks.resource import Resource
 
 SNAPSHOT_TYPE = "machineuse:index:Snapshot"
 RESTORE_TYPE = "machineuse:index:Restore"
 
 
-class _Resource(pulumi.CustomResource):
-    """Gives properties Python's names: the engine calls `quickCopy` what the program calls `quick_copy`."""
-
-    def translate_input_property(self, prop: str) -> str:
-        head, *rest = prop.split("_")
-        return head + "".join(word.capitalize() for word in rest)
-
-    def translate_output_property(self, prop: str) -> str:
-        return re.sub(r"(?<=[a-z0-9])([A-Z])", lambda match: "_" + match[1].lower(), prop)
-
-
-class Snapshot(_Resource):
+class Snapshot(Resource):
     """A verified snapshot of an instance. Creating it stops the instance's container and leaves it stopped."""
 
     bytes: pulumi.Output[int]
@@ -53,6 +43,7 @@ class Snapshot(_Resource):
         copy_volume: pulumi.Input[str],
         helper_image: pulumi.Input[str],
         stop_timeout_s: pulumi.Input[int],
+        cloud_region: pulumi.Input[str] | None = None,
         opts: pulumi.ResourceOptions | None = None,
     ) -> None:
         inputs = {
@@ -69,6 +60,7 @@ class Snapshot(_Resource):
             "copy_volume": copy_volume,
             "helper_image": helper_image,
             "stop_timeout_s": stop_timeout_s,
+            "cloud_region": cloud_region,
         }
         outputs = (
             "bytes",
@@ -83,7 +75,7 @@ class Snapshot(_Resource):
         super().__init__(SNAPSHOT_TYPE, resource_name, inputs | dict.fromkeys(outputs), opts)
 
 
-class Restore(_Resource):
+class Restore(Resource):
     """A home volume filled from a snapshot, before a container uses it."""
 
     image: pulumi.Output[str]
@@ -107,6 +99,7 @@ class Restore(_Resource):
         image: pulumi.Input[str],
         helper_image: pulumi.Input[str],
         copy_volume: pulumi.Input[str],
+        cloud_volume: pulumi.Input[str] | None = None,
         opts: pulumi.ResourceOptions | None = None,
     ) -> None:
         inputs = {
@@ -121,6 +114,7 @@ class Restore(_Resource):
             "image": image,
             "helper_image": helper_image,
             "copy_volume": copy_volume,
+            "cloud_volume": cloud_volume,
         }
         outputs = ("method_used", "fallback_reason", "bytes")
         super().__init__(RESTORE_TYPE, resource_name, inputs | dict.fromkeys(outputs), opts)

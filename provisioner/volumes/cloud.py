@@ -6,7 +6,6 @@ is not there. Every method may be called again after a crash, and raises `CloudE
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -25,8 +24,6 @@ PREPARED_TAG = f"{LABEL_PREFIX}prepared"
 """On a volume: its file system was made, or checked and grown. From then on it is somebody's profile."""
 RUN_TAG = f"{LABEL_PREFIX}run"
 """On a snapshot: the run of the container that it was taken after; a later run makes it out of date."""
-
-_REGION = re.compile(r"[a-z]+(?:-[a-z]+)+-\d+")
 
 
 class VolumeState(StrEnum):
@@ -197,9 +194,3 @@ class Regions(Protocol):
 
     def of(self, region: str) -> Cloud:
         """Return a region, always the same object."""
-
-
-def region_of(zone: str) -> str:
-    """Return the region that a zone is in: `us-east-1` for `us-east-1a`, `us-west-2` for `us-west-2-lax-1a`."""
-    found = _REGION.match(zone)
-    return found[0] if found else zone

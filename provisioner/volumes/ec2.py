@@ -62,7 +62,13 @@ _MISSING = {
     "InvalidVolume.NotFound",
     "InvalidVolumeID.Malformed",
 }
-_BUSY = {"IncorrectInstanceState", "IncorrectState", "IncorrectModificationState", "InvalidSnapshot.InUse", "VolumeInUse"}
+_BUSY = {
+    "IncorrectInstanceState",
+    "IncorrectState",
+    "IncorrectModificationState",
+    "InvalidSnapshot.InUse",
+    "VolumeInUse",
+}
 _FULL = {
     "AttachmentLimitExceeded": "Let the node have fewer instances (max_instances): its machine takes no more volumes.",
     "ConcurrentSnapshotLimitExceeded": "Wait for the snapshots under way, or ask AWS for a higher quota.",

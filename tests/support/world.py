@@ -153,7 +153,9 @@ class World:
 
 
 def _revive(record: InstanceRecord, loads: LoadReader) -> Update:
-    return lifecycle.wish_revived(record, method="quick_start", node_id="local", ports=_free_ports(loads))
+    return lifecycle.wish_revived(
+        record, method="quick_start", node_id="local", ports=_free_ports(loads), volume="docker", disk_enforced=False
+    )
 
 
 def _free_ports(loads: LoadReader) -> tuple[int, int]:

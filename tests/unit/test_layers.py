@@ -20,8 +20,8 @@ SOURCES = sorted(
 
 DOORS = {
     "docker": ["provisioner.docker_hosts"],
-    "boto3": ["provisioner.object_storage"],
-    "botocore": ["provisioner.object_storage"],
+    "boto3": ["provisioner.object_storage", "provisioner.volumes.ec2"],
+    "botocore": ["provisioner.object_storage", "provisioner.volumes.ec2"],
     "pulumi.automation": [
         "provisioner.engine",
         "provisioner.language_host",

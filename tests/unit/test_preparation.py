@@ -57,6 +57,7 @@ class World:
             settings=Settings(),
             changes=Changes(),
             docker=self.docker,  # type: ignore[arg-type]
+            cloud=None,  # type: ignore[arg-type]
         )
 
     def add(self) -> InstanceRecord:

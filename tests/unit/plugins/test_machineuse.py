@@ -23,6 +23,7 @@ from provisioner.plugins.values import UNKNOWN
 from provisioner.snapshots.directory import DirectoryStore
 from provisioner.snapshots.manifest import ImageIdentity, Manifest, PartName, SnapshotId
 from provisioner.snapshots.tars import write_part
+from provisioner.volumes.ec2 import Ec2Options, Ec2Regions
 
 DEAD_NODE = "tcp://127.0.0.1:1"
 SNAPSHOT = SnapshotId(instance_id="mu-1", generation=2)
@@ -94,7 +95,9 @@ def store(tmp_path: Path) -> DirectoryStore:
 
 def snapshots(store: DirectoryStore, decision: DeleteDecision) -> tuple[SnapshotType, Policy]:
     policy = Policy(decision)
-    return SnapshotType(store=store, hosts=DockerHosts(timeout_s=1), policy=policy), policy
+    return SnapshotType(
+        store=store, hosts=DockerHosts(timeout_s=1), policy=policy, regions=Ec2Regions(Ec2Options())
+    ), policy
 
 
 def test_a_snapshot_that_the_ledger_keeps_is_not_deleted(store: DirectoryStore, call: Call) -> None:
