@@ -119,7 +119,7 @@ class CloudPreparation:
         return self._snapshot(record, generation=generation, region=region) if region is not None else None
 
     def discard(self, record: InstanceRecord, *, generation: int) -> None:
-        """Delete what there is in the cloud of a snapshot. Idempotent. Raises CloudError, unless the delete is forced."""
+        """Delete what the cloud has of a snapshot. Idempotent. Raises CloudError, unless the delete is forced."""
         region = None
         with contextlib.suppress(SnapshotMissing, SnapshotCorrupt):
             home = self._store.read_manifest(SnapshotId(instance_id=record.id, generation=generation)).cloud_home

@@ -7,7 +7,7 @@ the container that it was taken after: what a crash left is adopted, unless the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import structlog
 
@@ -38,7 +38,7 @@ class SnapshotWork:
     owner: Owner
     """Its URN is the snapshot's."""
     generation: int
-    patience: Patience = Patience()
+    patience: Patience = field(default_factory=Patience)
     wanted: Callable[[], bool] = lambda: True
 
     @property
@@ -90,7 +90,7 @@ class SnapshotWork:
             or any(found.tags.get(key) != value for key, value in expected.items())
         ):
             raise SnapshotFailed(
-                f"Snapshot {found.id} is not what it should be: it is {found.state.value} and has {found.size_gib} GiB.",
+                f"Snapshot {found.id} is not as it should be: it is {found.state.value} and has {found.size_gib} GiB.",
                 detail=f"its tags: {dict(found.tags)}; expected {dict(expected)}",
             )
 
