@@ -7,6 +7,7 @@ right before: from the ledger as it is then, not as it was when the step was pla
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable
 
 import structlog
@@ -34,6 +35,10 @@ log = structlog.get_logger(__name__)
 EBS = "ebs"
 
 
+class Stopping(RuntimeError):
+    """The service ends."""
+
+
 class CloudPreparation:
     """Volumes and their snapshots, for one cluster's instances."""
 
@@ -46,6 +51,11 @@ class CloudPreparation:
         self._store = store
         self._regions = regions
         self._names = Names(cluster.name)
+        self._stopping = threading.Event()
+
+    def close(self) -> None:
+        """Let nobody wait for the cloud any more; the next start goes on waiting for the same things."""
+        self._stopping.set()
 
     def make_volume(self, record: InstanceRecord) -> None:
         """Make, attach and format an instance's volume, or find that it is. Idempotent.
@@ -162,6 +172,8 @@ class CloudPreparation:
 
     def _still_wanted(self, record: InstanceRecord) -> Callable[[], bool]:
         def wanted() -> bool:
+            if self._stopping.is_set():
+                raise Stopping  # as if killed here: a snapshot under way is not thrown away, but found again
             now = self._ledger.instances.find(record.id)
             return now is not None and now.wanted is record.wanted
 

@@ -226,6 +226,7 @@ class Preparation:
 
     def close(self) -> None:
         """Start nothing more; what runs is found again after a restart."""
+        self._cloud.close()
         for pool in (self._pool, self._quick_pool):
             pool.shutdown(wait=False, cancel_futures=True)
 

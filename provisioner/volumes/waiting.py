@@ -29,7 +29,7 @@ class Patience:
     """For an attached volume to appear on its node."""
     snapshot_s: float = 4 * 3600.0
     """For a snapshot to be whole: the first one of a large volume is gigabytes."""
-    snapshot_poll_s: float = 5.0
+    snapshot_poll_s: float = 2.0
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
 

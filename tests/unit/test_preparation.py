@@ -43,12 +43,34 @@ class FakeDocker:
         self.made.append(urn)
 
 
+class FakeCloudPreparation:
+    """Makes and releases volumes when it is let; says in which order."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+        self.begun = threading.Event()
+        self.may_go_on = threading.Event()
+
+    def make_volume(self, record: InstanceRecord) -> None:
+        self.begun.set()
+        assert self.may_go_on.wait(10)
+        self.done.append(f"make {record.generation}")
+
+    def release(self, record: InstanceRecord) -> None:
+        self.done.append(f"release {record.generation}")
+
+    def discard(self, record: InstanceRecord, *, generation: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class World:
     """A preparation over a real ledger."""
 
     def __init__(self, path: Path) -> None:
         self.ledger = Ledger.create(path / "ledger.db")
         self.docker = FakeDocker()
+        self.cloud = FakeCloudPreparation()
         self.preparation = Preparation(
             self.ledger,
             cluster=Cluster(ClusterSpec(name="unit")),
@@ -57,7 +79,7 @@ class World:
             settings=Settings(),
             changes=Changes(),
             docker=self.docker,  # type: ignore[arg-type]
-            cloud=None,  # type: ignore[arg-type]
+            cloud=self.cloud,  # type: ignore[arg-type]
         )
 
     def add(self) -> InstanceRecord:
