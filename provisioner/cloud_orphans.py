@@ -20,6 +20,7 @@ from provisioner.repair import Sightings
 from provisioner.states import Status
 from provisioner.volumes.cloud import GENERATION_TAG, Cloud, Regions
 from provisioner.volumes.cloud_volume import VolumeWork
+from provisioner.volumes.waiting import Patience
 from stacks.names import CLUSTER_LABEL, INSTANCE_LABEL, LEDGER_LABEL
 
 log = structlog.get_logger(__name__)
@@ -39,7 +40,8 @@ class _Suspect:
 class CloudOrphans:
     """Looks for what is left in the cloud of one cluster."""
 
-    def __init__(self, ledger: Ledger, *, cluster: Cluster, regions: Regions) -> None:
+    def __init__(self, ledger: Ledger, *, cluster: Cluster, regions: Regions, patience: Patience | None = None) -> None:
+        self._patience = patience
         self._ledger = ledger
         self._cluster = cluster
         self._regions = regions
@@ -74,7 +76,7 @@ class CloudOrphans:
     def _remove(self, suspect: _Suspect) -> None:
         cloud = self._regions.of(suspect.region)
         if suspect.kind == _VOLUME:
-            VolumeWork(cloud).remove(suspect.id)
+            VolumeWork(cloud, patience=self._patience).remove(suspect.id)
         else:
             cloud.delete_snapshot(suspect.id)
         log.warning("cloud orphan removed", kind=suspect.kind, id=suspect.id, instance=suspect.instance_id)

@@ -28,6 +28,7 @@ from provisioner.volumes.cloud import Owner, Regions
 from provisioner.volumes.cloud_snapshot import SnapshotWork
 from provisioner.volumes.cloud_volume import VolumeRequest, VolumeWork
 from provisioner.volumes.devices import NodeDevices
+from provisioner.volumes.waiting import Patience
 from stacks.names import Names
 
 log = structlog.get_logger(__name__)
@@ -43,8 +44,16 @@ class CloudPreparation:
     """Volumes and their snapshots, for one cluster's instances."""
 
     def __init__(
-        self, ledger: Ledger, *, cluster: Cluster, hosts: DockerHosts, store: SnapshotStore, regions: Regions
+        self,
+        ledger: Ledger,
+        *,
+        cluster: Cluster,
+        hosts: DockerHosts,
+        store: SnapshotStore,
+        regions: Regions,
+        patience: Patience | None = None,
     ) -> None:
+        self._patience = patience or Patience()
         self._ledger = ledger
         self._cluster = cluster
         self._hosts = hosts
@@ -69,6 +78,7 @@ class CloudPreparation:
         name = self._names.docker_volume(record.id)
         VolumeWork(
             self._regions.of(node.cloud.region),
+            patience=self._patience,
             wanted=self._still_wanted(record),
             progress=lambda said: log.info("cloud volume", instance=record.id, progress=said),
         ).ensure(
@@ -116,7 +126,7 @@ class CloudPreparation:
             return
         owner = self._owner(record, urn=self._names.cloud_volume_urn(record.id))
         try:
-            VolumeWork(self._regions.of(node.cloud.region)).release(owner, force=away)
+            VolumeWork(self._regions.of(node.cloud.region), patience=self._patience).release(owner, force=away)
         except CloudError as error:
             if not record.force:
                 raise
@@ -151,6 +161,7 @@ class CloudPreparation:
             cloud=self._regions.of(region),
             owner=self._owner(record, urn=self._names.snapshot_urn(record.id, generation)),
             generation=generation,
+            patience=self._patience,
             wanted=self._still_wanted(record),
         )
 

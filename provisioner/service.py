@@ -209,7 +209,7 @@ class InstanceService:
 
     def _place(self, need: Need, *, loads: LoadReader, nodes: tuple[NodeSpec, ...] | None = None) -> Place:
         spec = self._cluster.spec
-        if nodes is not None and nodes != spec.nodes:
+        if nodes is not None:
             spec = spec.model_copy(update={"nodes": nodes})
             if spec.node(need.node_preference or "") is None:
                 need = dataclasses.replace(need, node_preference=None)

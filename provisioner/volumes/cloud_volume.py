@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from provisioner.errors import CloudConflict, CloudError, CloudMissing
+from provisioner.errors import CloudConflict, CloudError, CloudMissing, SnapshotMissing
 from provisioner.volumes.cloud import (
     GENERATION_TAG,
     LIFE_TAG,
@@ -98,6 +98,7 @@ class VolumeWork:
         """Return the instance's volume, ready to be mounted on its node; makes what is missing. Idempotent.
 
         Raises:
+            SnapshotMissing: the cloud does not have the snapshot that it is to be made from.
             CloudConflict: there is one already, which can't be had without risking what is on it.
             CloudError: the cloud could not, or not in time.
         """
@@ -180,6 +181,13 @@ class VolumeWork:
                     snapshot_id=source,
                     tags=tags,
                 )
+            except TokenSpent:
+                continue
+            except CloudMissing as error:
+                raise SnapshotMissing(
+                    f"There is no snapshot {source} in {self._cloud.region} any more.", detail=error.detail
+                ) from error
+            try:
                 volume = self._await_state(
                     made.id,
                     VolumeState.AVAILABLE,
@@ -188,7 +196,7 @@ class VolumeWork:
                     VolumeState.DELETING,
                     VolumeState.DELETED,
                 )
-            except (TokenSpent, CloudMissing):
+            except CloudMissing:
                 continue  # a volume of an earlier try, removed since
             if volume.state is VolumeState.ERROR:
                 self._remove(volume)

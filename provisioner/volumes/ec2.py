@@ -64,6 +64,7 @@ _MISSING = {
 }
 _BUSY = {
     "IncorrectInstanceState",
+    "InvalidAttachment.NotFound",
     "IncorrectState",
     "IncorrectModificationState",
     "InvalidSnapshot.InUse",
@@ -157,14 +158,15 @@ class Ec2:
     ) -> Volume:
         """Create a volume; the same token again gives the same one, even if it is deleted. Raises `TokenSpent`."""
         arguments: dict[str, Any] = {"SnapshotId": snapshot_id} if snapshot_id else {}
-        if self._options.encrypted and self._options.kms_key:
-            arguments["KmsKeyId"] = self._options.kms_key
+        if self._options.encrypted:  # what comes from an encrypted snapshot is so anyway
+            arguments["Encrypted"] = True
+            if self._options.kms_key:
+                arguments["KmsKeyId"] = self._options.kms_key
         with self._calling(f"create a volume of {size_gib} GiB in {zone}"):
             made: Any = self._client.create_volume(
                 AvailabilityZone=zone,
                 Size=size_gib,
                 VolumeType=self._options.volume_type,  # type: ignore[arg-type]  # a setting: AWS knows which there are
-                Encrypted=self._options.encrypted,
                 ClientToken=token,
                 TagSpecifications=[{"ResourceType": "volume", "Tags": _tag_list(tags)}],
                 **arguments,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from provisioner.docker_hosts.hosts import DockerHosts
-from provisioner.errors import CloudError, CloudMissing, InvalidRequest, StillWanted
+from provisioner.errors import CloudConflict, CloudError, CloudMissing, InvalidRequest, StillWanted
 from provisioner.plugins.machineuse.inputs import CloudVolumeInputs, check, parse
 from provisioner.plugins.policy import DeletePolicy
 from provisioner.plugins.resources import Call, Checked, Created, Difference, Found, ResourceType
@@ -64,7 +64,10 @@ class CloudVolumeType(ResourceType):
                 generation=wanted.generation,
                 life=wanted.restored_generation,
                 snapshot_id=lambda: find_source(
-                    self._store, instance=wanted.instance, generation=wanted.restored_generation
+                    self._store,
+                    instance=wanted.instance,
+                    generation=wanted.restored_generation,
+                    region=_region(wanted),
                 ),
             ),
             devices=NodeDevices(
@@ -118,15 +121,24 @@ class CloudVolumeType(ResourceType):
             call.warn(f"{error.message} Volume {id} is left; it is removed later.")
 
 
-def find_source(store: SnapshotStore, *, instance: str, generation: int) -> str | None:
+def find_source(store: SnapshotStore, *, instance: str, generation: int, region: str) -> str | None:
     """Return the cloud's snapshot that a volume of this life is made from; None for a blank one.
 
-    Raises SnapshotMissing and SnapshotCorrupt: a volume never starts blank because its snapshot is not known.
+    Raises SnapshotMissing and SnapshotCorrupt (a volume never starts blank because its snapshot is not known), and
+    CloudConflict for a snapshot in another region.
     """
     if not generation:
         return None
     home = store.read_manifest(SnapshotId(instance_id=instance, generation=generation)).cloud_home
-    return home.snapshot_id if home is not None else None
+    if home is None:
+        return None
+    if home.region != region:
+        raise CloudConflict(
+            f"The home of instance {instance} is the snapshot {home.snapshot_id} in {home.region}, and the node is in"
+            f" {region}.",
+            resolution=f"Revive it on a node in {home.region}.",
+        )
+    return home.snapshot_id
 
 
 def _owner(inputs: CloudVolumeInputs, *, urn: str) -> Owner:
