@@ -74,10 +74,11 @@ class CloudPreparation:
         spec, node = spec_of(record), self._cluster.node(record.node_id)
         if spec is None or spec.cloud_volume is None or node is None or node.cloud is None:
             return  # the update tells why
+        region = node.cloud.region
         volume, owner = spec.cloud_volume, self._owner(record, urn=self._names.cloud_volume_urn(record.id))
         name = self._names.docker_volume(record.id)
         VolumeWork(
-            self._regions.of(node.cloud.region),
+            self._regions.of(region),
             patience=self._patience,
             wanted=self._still_wanted(record),
             progress=lambda said: log.info("cloud volume", instance=record.id, progress=said),
@@ -90,7 +91,9 @@ class CloudPreparation:
                 size_gib=volume.size_gib,
                 generation=volume.generation,
                 life=volume.restored_generation,
-                snapshot_id=lambda: find_source(self._store, instance=record.id, generation=volume.restored_generation),
+                snapshot_id=lambda: find_source(
+                    self._store, instance=record.id, generation=volume.restored_generation, region=region
+                ),
                 given_up=self._given_up(),
             ),
             devices=NodeDevices(

@@ -124,6 +124,11 @@ def test_a_life_on_a_cloud_volume(cloudy: Service, emulator: Emulator, disks: Lo
         assert page.evaluate(RECALL) == ["visit=first", "first"]
     assert run_in(cloudy, revived, "cat ~/notes /var/tmp/above") == (0, "kept\nabove\n")
 
+    # what an operator sees is what is wanted
+    for refresh in ([], ["--refresh"]):
+        done = cloudy.pulumi("preview", "--stack", cloudy.cluster, "--expect-no-changes", *refresh)
+        assert done.returncode == 0, done.stdout + done.stderr
+
     # its browser's container lost: made again around the same volume
     cloudy.container(instance["id"]).remove(force=True)
     until(lambda: cloudy.get(instance["id"])["operation"] == "repairing")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from provisioner.cloud_orphans import CloudOrphans
 from provisioner.cloud_preparation import CloudPreparation, Stopping
 from provisioner.cluster import Cluster
 from provisioner.docker_hosts.hosts import DockerHosts
-from provisioner.errors import CloudError, NodeUnreachable
+from provisioner.errors import CloudConflict, CloudError, NodeUnreachable, SnapshotMissing
 from provisioner.ledger import Ledger
 from provisioner.ledger.records import InstanceRecord
+from provisioner.plugins.machineuse.cloud_volume import find_source
 from provisioner.snapshots.directory import DirectoryStore
+from provisioner.snapshots.manifest import CloudHome, ImageIdentity, Manifest, SnapshotId
 from provisioner.specs import all_urns, body_urns, spec_of
 from provisioner.states import Status, Wanted
 from provisioner.volumes.waiting import CutOff
@@ -203,6 +206,49 @@ def test_snapshots_are_discarded_from_the_cloud(world: World) -> None:
     assert len(world.cloud.snapshots) == 1
     world.preparation.discard(record, generation=2)
     assert world.cloud.snapshots == []
+
+
+@pytest.mark.parametrize(("region", "found"), [("us-east-1", "snap-1"), ("eu-west-1", None)])
+def test_a_volume_is_made_from_the_snapshot_that_the_manifest_names(
+    tmp_path: Path, region: str, found: str | None
+) -> None:
+    store = DirectoryStore(tmp_path / "snapshots")
+    home = CloudHome(region="us-east-1", snapshot_id="snap-1", volume_id="vol-1", size_gib=2)
+    commit(store, home=home)
+    if found is None:
+        with pytest.raises(CloudConflict, match="in us-east-1, and the node is in eu-west-1"):
+            find_source(store, instance=ID, generation=2, region=region)
+    else:
+        assert find_source(store, instance=ID, generation=2, region=region) == found
+
+
+def test_a_volume_starts_blank_only_where_nothing_is_to_be_restored_from_the_cloud(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path / "snapshots")
+    assert find_source(store, instance=ID, generation=0, region="us-east-1") is None
+    with pytest.raises(SnapshotMissing):
+        find_source(store, instance=ID, generation=2, region="us-east-1")
+    commit(store, home=None)
+    assert find_source(store, instance=ID, generation=2, region="us-east-1") is None
+
+
+def commit(store: DirectoryStore, *, home: CloudHome | None) -> None:
+    store.begin(SnapshotId(instance_id=ID, generation=2)).commit(
+        Manifest(
+            instance_id=ID,
+            cluster="unit",
+            generation=2,
+            created_at=datetime(2026, 1, 1, tzinfo=UTC),
+            node_id="local",
+            image=ImageIdentity(reference="browser", id="sha256:1"),
+            home_path="/home/machine",
+            stopped_cleanly=True,
+            container_id="c",
+            run_started_at=None,
+            parts=(),
+            changed_paths=0,
+            cloud_home=home,
+        )
+    )
 
 
 # ---- what the program declares

@@ -104,7 +104,8 @@ class VolumeType(DockerResources, ResourceType):
                 )
             remove_volume(host, id)
 
-        self._delete(call, kind="volume", name=id, outputs=outputs, remove=remove)
+        kind = "mount" if "device" in (outputs.get("driverOpts") or {}) else "volume"
+        self._delete(call, kind=kind, name=id, outputs=outputs, remove=remove)
 
 
 def read_outputs(live: dict[str, Any]) -> Properties:

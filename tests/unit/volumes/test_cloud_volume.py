@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from provisioner.errors import CloudConflict, CloudError
+from provisioner.errors import CloudConflict, CloudError, SnapshotMissing
 from provisioner.volumes.cloud import LIFE_TAG, PREPARED_TAG, Owner, VolumeState
 from provisioner.volumes.cloud_volume import TOKENS, VolumeRequest, VolumeWork
 from provisioner.volumes.waiting import CutOff
@@ -244,6 +244,26 @@ def test_it_is_taken_by_force_only_where_the_machine_is_given_up(cloud: FakeClou
     given_up = replace(REQUEST, given_up=frozenset({"i-b"}))
     assert work(cloud).ensure(given_up, devices=FakeDevices(cloud, "i-a")).id == kept
     assert cloud.forced == [kept]
+
+
+def test_a_snapshot_that_is_gone_ends_a_revival(cloud: FakeCloud) -> None:
+    request = replace(REQUEST, life=2, snapshot_id=lambda: "snap-gone")
+    with pytest.raises(SnapshotMissing, match="snap-gone"):
+        work(cloud).ensure(request, devices=FakeDevices(cloud, "i-a"))
+    assert cloud.volumes == []
+
+
+def test_a_volume_from_a_snapshot_has_what_was_on_it_and_is_never_formatted(cloud: FakeCloud) -> None:
+    first = work(cloud).ensure(REQUEST, devices=FakeDevices(cloud, "i-a"))
+    cloud.disk(first.id).content = "profile"
+    taken = cloud.create_snapshot(first.id, description="", tags={})
+    cloud.sleep(100)
+    work(cloud).release(OWNER)
+    devices = FakeDevices(cloud, "i-a")
+    request = replace(REQUEST, life=2, generation=3, size_gib=5, snapshot_id=lambda: taken.id)
+    second = work(cloud).ensure(request, devices=devices)
+    assert (second.size_gib, cloud.disk(second.id).content) == (5, "profile")
+    assert (devices.formatted, devices.grown) == ([], [second.id])
 
 
 def test_an_attachment_takes_the_next_name_that_is_free(cloud: FakeCloud) -> None:
