@@ -7,6 +7,7 @@ right before: from the ledger as it is then, not as it was when the step was pla
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Callable
 
@@ -30,6 +31,7 @@ from provisioner.volumes.cloud_volume import VolumeRequest, VolumeWork
 from provisioner.volumes.devices import NodeDevices
 from provisioner.volumes.waiting import Patience
 from stacks.names import Names
+from stacks.spec import NodeSpec
 
 log = structlog.get_logger(__name__)
 
@@ -96,12 +98,7 @@ class CloudPreparation:
                 ),
                 given_up=self._given_up(),
             ),
-            devices=NodeDevices(
-                self._hosts.of(node),
-                helper_image=self._cluster.helper_image,
-                name=name,
-                labels=owner.all_tags,
-            ),
+            devices=self._devices(node, owner),
         )
 
     def release(self, planned: InstanceRecord) -> None:
@@ -139,7 +136,11 @@ class CloudPreparation:
         """Return what takes the home's snapshot; None where the home goes into the snapshot store."""
         taken = record.snapshot(generation)
         region = self._region_of(taken.node_id) if taken is not None and taken.volume == EBS else None
-        return self._snapshot(record, generation=generation, region=region) if region is not None else None
+        if taken is None or region is None:
+            return None
+        node = self._cluster.node(taken.node_id)
+        work = self._snapshot(record, generation=generation, region=region)
+        return dataclasses.replace(work, devices=self._devices(node, work.owner) if node is not None else None)
 
     def discard(self, record: InstanceRecord, *, generation: int) -> None:
         """Delete what the cloud has of a snapshot. Idempotent. Raises CloudError, unless the delete is forced."""
@@ -166,6 +167,14 @@ class CloudPreparation:
             generation=generation,
             patience=self._patience,
             wanted=self._still_wanted(record),
+        )
+
+    def _devices(self, node: NodeSpec, owner: Owner) -> NodeDevices:
+        return NodeDevices(
+            self._hosts.of(node),
+            helper_image=self._cluster.helper_image,
+            name=self._names.docker_volume(owner.instance),
+            labels=owner.all_tags,
         )
 
     def _owner(self, record: InstanceRecord, *, urn: str) -> Owner:

@@ -23,6 +23,7 @@ from provisioner.volumes.cloud import (
     SnapshotProgress,
     Volume,
 )
+from provisioner.volumes.devices import DeviceName, Devices
 from provisioner.volumes.waiting import Patience
 
 log = structlog.get_logger(__name__)
@@ -38,6 +39,8 @@ class SnapshotWork:
     owner: Owner
     """Its URN is the snapshot's."""
     generation: int
+    devices: Devices | None = None
+    """Those of the node that has the volume; None where nothing is taken."""
     patience: Patience = field(default_factory=Patience)
     wanted: Callable[[], bool] = lambda: True
 
@@ -62,6 +65,7 @@ class SnapshotWork:
             raise CloudMissing(f"Instance {self.owner.instance} has no volume in {self.cloud.region}.")
         taken = self._adopt(run=run, volume=volume)
         if taken is None:
+            self._settle(volume)
             progress(f"taking a snapshot of volume {volume.id}")
             taken = self.cloud.create_snapshot(
                 volume.id,
@@ -79,6 +83,17 @@ class SnapshotWork:
         self.check(home, size_gib=volume.size_gib)
         self._delete([each for each in self.cloud.find_snapshots(self.tags) if each.id != home.snapshot_id])
         return home
+
+    def _settle(self, volume: Volume) -> None:
+        """Wait until the file system is unmounted: Docker says that a container has stopped a moment before that.
+
+        What was written shortly before would be missing in the snapshot.
+        """
+        if volume.attachment is None or self.devices is None:
+            return
+        name = DeviceName(volume_id=volume.id, asked_for=volume.attachment.device, size_gib=volume.size_gib)
+        device = self.devices.find(name, timeout_s=self.patience.device_s)
+        self.devices.settle(device, volume_id=volume.id, timeout_s=self.patience.device_s)
 
     def check(self, home: CloudHome, *, size_gib: int | None = None) -> None:
         """Raise `SnapshotFailed` unless the snapshot is there, whole, and this one."""

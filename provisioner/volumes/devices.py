@@ -63,6 +63,18 @@ e2fsck -f -p "$device" 2>&1; [ $? -lt 4 ] || exit 6
 resize2fs "$device" 2>&1 || exit 6
 """
 
+_SETTLE = r"""
+device=$1; tries=$2
+while :; do
+    said=$(e2fsck -p "$device" 2>&1); code=$?
+    [ "$code" -lt 4 ] && exit 0
+    case "$said" in *"in use"*) ;; *) echo "$said"; exit 6 ;; esac
+    tries=$((tries - 1))
+    [ "$tries" -gt 0 ] || { echo "it is still mounted"; exit 6; }
+    sleep 0.2
+done
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceName:
@@ -94,6 +106,9 @@ class Devices(Protocol):
 
     def check(self, device: str, *, volume_id: str) -> None:
         """Raise `CloudConflict` unless there is a file system on it. Works on one that is mounted, and changes none."""
+
+    def settle(self, device: str, *, volume_id: str, timeout_s: float) -> None:
+        """Wait until nothing has it mounted, so that all that was written is on it. Raises CloudError."""
 
 
 class NodeDevices:
@@ -137,6 +152,13 @@ class NodeDevices:
     def check(self, device: str, *, volume_id: str) -> None:
         """Raise `CloudConflict` unless there is a file system on it. Works on one that is mounted, and changes none."""
         self._work(device, volume_id=volume_id, blank=False, check=False)
+
+    def settle(self, device: str, *, volume_id: str, timeout_s: float) -> None:
+        """Wait until nothing has it mounted, so that all that was written is on it. Raises CloudError."""
+        tries = str(max(1, int(timeout_s / 0.2)))
+        code, output = self._run(_SETTLE, _TARGET, tries, devices={_TARGET: device})
+        if code:
+            raise CloudError(f"The file system of volume {volume_id} is not at rest: {_last(output)}", detail=output)
 
     def _work(self, device: str, *, volume_id: str, blank: bool, check: bool) -> None:
         flags = ("yes" if blank else "no", "yes" if check else "no")

@@ -108,10 +108,13 @@ def test_an_empty_volume_is_formatted_once_and_mounted_by_docker(disk: Disk, dev
         holder = client.containers.run(BROWSER_IMAGE, ["60"], entrypoint="sleep", volumes=mounts, detach=True)
         try:
             devices.check(str(disk.link), volume_id=disk.volume_id)  # in use
+            with pytest.raises(CloudError, match="not at rest"):
+                devices.settle(str(disk.link), volume_id=disk.volume_id, timeout_s=0.2)
             with pytest.raises(CloudConflict, match=disk.volume_id):
                 devices.prepare(str(disk.link), volume_id=disk.volume_id, blank=True)
         finally:
             holder.remove(force=True)
+        devices.settle(str(disk.link), volume_id=disk.volume_id, timeout_s=5)
         devices.prepare(str(disk.link), volume_id=disk.volume_id, blank=True)
         assert run("blkid", "-p", "-o", "value", "-s", "UUID", disk.device) == uuid
         command = ["-c", "cat /home/machine/notes"]

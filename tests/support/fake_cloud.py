@@ -39,6 +39,8 @@ class Disk:
 
     file_system: bool = False
     content: str = ""
+    written: str = ""
+    """What was written, and is on the disk once it is unmounted."""
 
 
 @dataclass
@@ -296,6 +298,12 @@ class FakeDevices:
         del device
         if not self._cloud.disk(volume_id).file_system:
             raise CloudConflict("there is no file system on it")
+
+    def settle(self, device: str, *, volume_id: str, timeout_s: float) -> None:
+        del device, timeout_s
+        disk = self._cloud.disk(volume_id)
+        disk.content += disk.written
+        disk.written = ""
 
 
 class OneRegion:

@@ -25,6 +25,7 @@ from provisioner.snapshots.restore import restored_tag
 from provisioner.snapshots.store import SnapshotStore
 from provisioner.volumes.cloud import Owner, Regions
 from provisioner.volumes.cloud_snapshot import SnapshotWork
+from provisioner.volumes.devices import NodeDevices
 from stacks.names import CLUSTER_LABEL, INSTANCE_LABEL, LEDGER_LABEL, URN_LABEL
 
 TYPE = "machineuse:index:Snapshot"
@@ -168,7 +169,13 @@ class SnapshotType(ResourceType):
         if region is None:
             return None
         owner = Owner(cluster=inputs.cluster, ledger_id=inputs.ledger_id, instance=inputs.instance, urn=urn)
-        return SnapshotWork(cloud=self._regions.of(region), owner=owner, generation=inputs.generation)
+        devices = NodeDevices(
+            self._hosts.get(inputs.docker_host),
+            helper_image=inputs.helper_image,
+            name=inputs.volume,
+            labels=owner.all_tags,
+        )
+        return SnapshotWork(cloud=self._regions.of(region), owner=owner, generation=inputs.generation, devices=devices)
 
     def _machine(self, inputs: SnapshotInputs) -> DockerMachine:
         return DockerMachine(

@@ -38,6 +38,7 @@ class CloudScene:
             cloud=cloud or self.cloud,
             owner=OWNER,
             generation=SNAPSHOT.generation,
+            devices=FakeDevices(self.cloud, "i-a"),
             patience=self.cloud.patience,
             **more,
         )
@@ -87,6 +88,12 @@ def test_cut_off_anywhere_and_run_again_it_is_one_snapshot(*, after: bool) -> No
         assert [s.id for s in clouds.cloud.snapshots] == [home.snapshot_id], f"call {calls}: {trouble.names}"
         calls += 1
     assert calls > 30  # it is waited for
+
+
+def test_what_was_written_a_moment_before_is_in_it(clouds: CloudScene) -> None:
+    clouds.cloud.disk(clouds.volume_id).written = " and its last cookie"
+    home = clouds.take()
+    assert clouds.cloud._snapshots[home.snapshot_id].disk.content == "profile and its last cookie"
 
 
 def test_one_that_the_listing_did_not_show_yet_is_removed_afterwards(clouds: CloudScene) -> None:
