@@ -85,9 +85,9 @@ class SnapshotWork:
         return home
 
     def _settle(self, volume: Volume) -> None:
-        """Wait until the file system is unmounted: Docker says that a container has stopped a moment before that.
+        """Make sure that the file system is unmounted: what is not on the device would be missing in the snapshot.
 
-        What was written shortly before would be missing in the snapshot.
+        Docker unmounts it before it says that the container has stopped, unless another container has it too.
         """
         if volume.attachment is None or self.devices is None:
             return

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.acceptance.test_revive import READ, WRITE
 from tests.conftest import StartService
 from tests.support.browsing import new_page
 from tests.support.ebs import KEYS, Emulator, LoopDisks, can_attach
@@ -20,8 +21,6 @@ from tests.support.service import Service
 pytestmark = pytest.mark.skipif(os.geteuid() != 0 or not can_attach(), reason="needs root and loop devices")
 
 SMALL = {"memory_gb": 0.5, "cpu_cores": 1, "disk_gb": 0.6}
-REMEMBER = "() => { document.cookie = 'visit=first; max-age=86400'; localStorage.setItem('visit', 'first') }"
-RECALL = "() => [document.cookie, localStorage.getItem('visit')]"
 PAGE = "http://127.0.0.1:9222/json/version"
 
 
@@ -48,7 +47,9 @@ def cloudy(start_service: StartService, emulator: Emulator, disks: LoopDisks) ->
     with pytest.MonkeyPatch.context() as patch:
         for name, value in KEYS.items():
             patch.setenv(name, value)
-        yield start_service(node=node_in("us-east-1a", machine), ec2_endpoint=emulator.endpoint, cloud_check_s=1)
+        yield start_service(
+            node=node_in("us-east-1a", machine), ec2_endpoint=emulator.endpoint, cloud_check_s=3, heartbeat_s=1
+        )
 
 
 def node_in(zone: str, machine: str) -> dict[str, Any]:
@@ -97,7 +98,8 @@ def test_a_life_on_a_cloud_volume(cloudy: Service, emulator: Emulator, disks: Lo
 
     with new_page(instance) as page:
         page.goto(PAGE)
-        page.evaluate(REMEMBER)
+        page.evaluate("document.cookie = 'visit=first; max-age=86400'")
+        page.evaluate(WRITE)
     assert run_in(cloudy, instance, "echo kept > ~/notes; echo above > /var/tmp/above")[0] == 0
 
     # asleep: a snapshot is all there is, and all that is paid for
@@ -121,7 +123,8 @@ def test_a_life_on_a_cloud_volume(cloudy: Service, emulator: Emulator, disks: Lo
     assert second["VolumeId"] != volume["VolumeId"]
     with new_page(revived) as page:
         page.goto(PAGE)
-        assert page.evaluate(RECALL) == ["visit=first", "first"]
+        assert page.evaluate("document.cookie") == "visit=first"
+        assert page.evaluate(READ) == {"localStorage": "first", "indexedDB": "first"}
     assert run_in(cloudy, revived, "cat ~/notes /var/tmp/above") == (0, "kept\nabove\n")
 
     # what an operator sees is what is wanted

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import boto3
+from moto.core import DEFAULT_ACCOUNT_ID
+from moto.ec2.models import ec2_backends
 from moto.server import ThreadedMotoServer
 
 if TYPE_CHECKING:
@@ -24,8 +26,8 @@ if TYPE_CHECKING:
 REGION = "us-east-1"
 LINKS = Path("/dev/disk/by-id")
 KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_EC2_METADATA_DISABLED": "true"}
-_POLL_S = 0.1
-_OURS = "machineuse.instance"
+_POLL_S = 0.05
+_ROOT_DISK = "/dev/sda1"
 
 
 class Emulator:
@@ -65,7 +67,8 @@ class LoopDisks:
     """The disks behind an emulator's volumes; start it before the first volume is attached."""
 
     def __init__(self, emulator: Emulator, root: Path) -> None:
-        self._client = emulator.client()
+        del emulator  # its books are in this process: reading them there costs nothing
+        self._books = ec2_backends[DEFAULT_ACCOUNT_ID][REGION]
         self._root = root
         self._devices: dict[str, str] = {}
         self._stopping = threading.Event()
@@ -108,28 +111,30 @@ class LoopDisks:
                 self.failures.append(error)
 
     def _look(self) -> None:
-        ours: Any = [{"Name": "tag-key", "Values": [_OURS]}]
-        volumes = {v["VolumeId"]: v for v in self._client.describe_volumes(Filters=ours)["Volumes"]}
+        volumes = {
+            volume_id: volume
+            for volume_id, volume in list(self._books.volumes.items())
+            if volume.attachment is None or volume.attachment.device != _ROOT_DISK
+        }
         # A snapshot is of what was there when it was made: before anything else may happen to the volume.
-        for snapshot in self._client.describe_snapshots(Filters=ours)["Snapshots"]:
-            source, copy = self._file(snapshot["VolumeId"]), self._file(snapshot["SnapshotId"])
+        for snapshot in list(self._books.snapshots.values()):
+            source, copy = self._file(snapshot.volume.id), self._file(snapshot.id)
             if source.exists() and not copy.exists():
                 _copy(source, copy)
         for volume_id, volume in volumes.items():
-            if volume["Attachments"] and volume_id not in self._devices:
+            if volume.attachment and volume_id not in self._devices:
                 self._attach(volume_id, volume)
         for volume_id in list(self._devices):
-            if volume_id not in volumes or not volumes[volume_id]["Attachments"]:
+            if volume_id not in volumes or not volumes[volume_id].attachment:
                 self._detach(volume_id)
 
     def _attach(self, volume_id: str, volume: Any) -> None:
         file = self._file(volume_id)
         if not file.exists():
-            snapshot = volume.get("SnapshotId")
-            if snapshot:
-                _copy(self._file(snapshot), file)
+            if volume.snapshot_id:
+                _copy(self._file(volume.snapshot_id), file)
             with file.open("ab") as disk:
-                disk.truncate(volume["Size"] << 30)
+                disk.truncate(volume.size << 30)
         device = _run("losetup", "--find", "--show", str(file))
         self._devices[volume_id] = device
         link = LINKS / f"nvme-Amazon_Elastic_Block_Store_{volume_id.replace('-', '')}"
