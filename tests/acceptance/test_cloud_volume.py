@@ -128,9 +128,8 @@ def test_a_life_on_a_cloud_volume(cloudy: Service, emulator: Emulator, disks: Lo
     assert run_in(cloudy, revived, "cat ~/notes /var/tmp/above") == (0, "kept\nabove\n")
 
     # what an operator sees is what is wanted
-    for refresh in ([], ["--refresh"]):
-        done = cloudy.pulumi("preview", "--stack", cloudy.cluster, "--expect-no-changes", *refresh)
-        assert done.returncode == 0, done.stdout + done.stderr
+    done = cloudy.pulumi("preview", "--stack", cloudy.cluster, "--expect-no-changes", "--refresh")
+    assert done.returncode == 0, done.stdout + done.stderr
 
     # its browser's container lost: made again around the same volume
     cloudy.container(instance["id"]).remove(force=True)
@@ -158,6 +157,36 @@ def test_a_running_instance_is_deleted_with_its_volume(cloudy: Service, emulator
     assert len(volumes_of(emulator, cloudy)) == 1
     assert cloudy.delete(instance["id"], force=True).status_code == 200
     assert volumes_of(emulator, cloudy) == []
+    until(lambda: not disks.devices)
+    assert disks.failures == []
+
+
+def test_a_service_that_is_killed_goes_on_with_the_same_volume_and_snapshot(
+    cloudy: Service, emulator: Emulator, disks: LoopDisks
+) -> None:
+    answer = cloudy.http.post("/v2/instances", json={"config": SMALL}, headers={"Prefer": "wait=0"})
+    instance = answer.json()
+    until(lambda: len(volumes_of(emulator, cloudy)) == 1)
+    cloudy.kill()
+    (volume,) = volumes_of(emulator, cloudy)
+    cloudy.start()
+    cloudy.wait_for(instance["id"], "running", timeout_s=60)
+    assert [v["VolumeId"] for v in volumes_of(emulator, cloudy)] == [volume["VolumeId"]]
+    assert run_in(cloudy, instance, "echo kept > ~/notes")[0] == 0
+
+    cloudy.post(f"{instance['id']}/dormant", wait_s=0)
+    until(lambda: len(snapshots_of(emulator, cloudy)) == 1)
+    cloudy.kill()
+    (snapshot,) = snapshots_of(emulator, cloudy)
+    cloudy.start()
+    cloudy.wait_for(instance["id"], "dormant", timeout_s=60)
+    assert [s["SnapshotId"] for s in snapshots_of(emulator, cloudy)] == [snapshot["SnapshotId"]]
+    assert volumes_of(emulator, cloudy) == []
+
+    assert cloudy.post(f"{instance['id']}/revive").json()["status"] == "running"
+    assert run_in(cloudy, instance, "cat ~/notes") == (0, "kept\n")
+    assert cloudy.delete(instance["id"]).status_code == 200
+    assert (volumes_of(emulator, cloudy), snapshots_of(emulator, cloudy)) == ([], [])
     until(lambda: not disks.devices)
     assert disks.failures == []
 
