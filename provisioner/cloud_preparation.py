@@ -121,7 +121,7 @@ class CloudPreparation:
             remove_container(host, self._names.docker_container(record.id), kill=True)
             remove_volume(host, self._names.docker_volume(record.id))
         except NodeUnreachable:
-            if not record.force and not away:
+            if not record.force and not (away and record.sleeps_safely):
                 raise
             away = True
         if node.cloud is None:

@@ -16,7 +16,7 @@ from provisioner.cluster import Cluster
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.errors import CloudConflict, CloudError, NodeUnreachable, SnapshotMissing
 from provisioner.ledger import Ledger
-from provisioner.ledger.records import InstanceRecord
+from provisioner.ledger.records import InstanceRecord, NodeStatus
 from provisioner.plugins.machineuse.cloud_volume import find_source
 from provisioner.snapshots.directory import DirectoryStore
 from provisioner.snapshots.manifest import CloudHome, ImageIdentity, Manifest, SnapshotId
@@ -44,6 +44,7 @@ class World:
         self.spec = ClusterSpec(name="unit", nodes=(NODE, OTHER))
         self.cluster = Cluster(self.spec)
         self.ledger.nodes.sync(self.cluster.nodes)
+        self.ledger.nodes.observe("local", values={"status": NodeStatus.ONLINE})
         self.removed: list[str] = []
         self.node_away = False
         regions: Any = OneRegion(self.cloud)

@@ -13,6 +13,7 @@ from provisioner.snapshots.capture import Capture
 from provisioner.snapshots.manifest import PartName
 from provisioner.snapshots.mark import Method
 from provisioner.snapshots.restore import restore
+from provisioner.snapshots.sealing import Sealing
 from provisioner.volumes.cloud import Owner, SnapshotProgress
 from provisioner.volumes.cloud_snapshot import SnapshotWork
 from provisioner.volumes.cloud_volume import VolumeRequest, VolumeWork
@@ -20,6 +21,7 @@ from provisioner.volumes.waiting import CutOff
 from tests.support.fake_cloud import FakeCloud, FakeDevices
 from tests.unit.snapshots.conftest import SNAPSHOT, Scene
 from tests.unit.snapshots.conftest import scene as scene
+from tests.unit.snapshots.conftest import sealing as sealing
 from tests.unit.snapshots.fakes import Killed, Trouble
 
 OWNER = Owner(cluster="local", ledger_id="ledger", instance=SNAPSHOT.instance_id, urn="urn:snapshot")
@@ -176,7 +178,7 @@ def test_a_capture_that_is_killed_anywhere_is_taken_by_the_next(tmp_path: Path, 
     at, seen = 0, set()
     while True:
         (tmp_path / str(at)).mkdir()
-        one, clouds = scene.__wrapped__(tmp_path / str(at)), make_scene()  # type: ignore[attr-defined]
+        one, clouds = scene.__wrapped__(tmp_path / str(at), Sealing()), make_scene()  # type: ignore[attr-defined]
         trouble = Trouble()
         trouble.plan(at, after=after, error=Killed)
         try:
