@@ -16,7 +16,7 @@ from tests.acceptance.test_revive import READ, WRITE
 from tests.conftest import StartService
 from tests.support.browsing import new_page
 from tests.support.ebs import KEYS, Emulator, LoopDisks, can_attach
-from tests.support.service import Service
+from tests.support.service import ENGINE, Service
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0 or not can_attach(), reason="needs root and loop devices")
 
@@ -113,8 +113,8 @@ def test_a_life_on_a_cloud_volume(cloudy: Service, emulator: Emulator, disks: Lo
     # awake, in another zone
     cloudy.stop()
     elsewhere = emulator.run_machine("us-east-1b")
-    ports = {"first": cloudy.ports.start, "last": cloudy.ports.stop - 1}
-    cloudy.write_cluster_file(ports=ports, **node_in("us-east-1b", elsewhere))
+    moved = {"id": "local", "host": ENGINE, "address": "127.0.0.1", **node_in("us-east-1b", elsewhere)}
+    cloudy.write_cluster_file([moved])
     cloudy.start()
     revived = cloudy.post(f"{instance['id']}/revive").json()
     assert revived["status"] == "running", revived
