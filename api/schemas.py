@@ -183,7 +183,9 @@ class Instance(_Answer):
     )
     disk_bytes: int | None
     disk_over: bool = Field(description="Whether it uses more than disk_gb.")
-    disk_enforced: bool = Field(description="Whether the node's storage driver enforces disk_gb.")
+    disk_enforced: bool = Field(
+        description="Whether disk_gb can't be exceeded: by a cloud volume's size, or the node's storage."
+    )
 
 
 class InstanceList(_Answer):

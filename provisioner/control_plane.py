@@ -16,6 +16,8 @@ from datetime import timedelta
 import structlog
 
 from provisioner.changes import RECHECK_S, Changes
+from provisioner.cloud_orphans import CloudOrphans
+from provisioner.cloud_preparation import CloudPreparation
 from provisioner.cluster import Cluster
 from provisioner.converger import GATHER_S, Converger, Work
 from provisioner.disk import DiskWatch
@@ -44,6 +46,7 @@ from provisioner.service import InstanceService
 from provisioner.settings import Settings
 from provisioner.snapshots.store import SnapshotStore
 from provisioner.states import Wanted
+from provisioner.volumes.location import open_regions
 
 log = structlog.get_logger(__name__)
 
@@ -84,7 +87,9 @@ class ControlPlane:
         self._reload.sync()
         guard = LedgerGuard(self.ledger, stop_timeout_s=settings.stop_timeout_s)
         docker = DockerProvider(hosts=self.hosts, policy=guard)
-        self._plugins = PluginHost([docker, MachineusePlugin(store=self.store, hosts=self.hosts, policy=guard)])
+        regions = open_regions(settings)
+        machineuse = MachineusePlugin(store=self.store, hosts=self.hosts, policy=guard, regions=regions)
+        self._plugins = PluginHost([docker, machineuse])
         self._preparation = Preparation(
             self.ledger,
             cluster=self.cluster,
@@ -93,6 +98,9 @@ class ControlPlane:
             settings=settings,
             changes=self.changes,
             docker=docker,
+            cloud=CloudPreparation(
+                self.ledger, cluster=self.cluster, hosts=self.hosts, store=self.store, regions=regions
+            ),
         )
         self._nodes = NodeHealth(
             self.ledger, cluster=self.cluster, hosts=self.hosts, settings=settings, changes=self.changes
@@ -112,6 +120,7 @@ class ControlPlane:
         sampler = Sampler(self.ledger, cluster=self.cluster, hosts=self.hosts)
         image_gc = ImageGc(self.ledger, cluster=self.cluster, hosts=self.hosts, store=self.store)
         self._killed: set[str] = set()
+        orphans = CloudOrphans(self.ledger, cluster=self.cluster, regions=regions)
         self._loops = [
             Loop("cluster file", self._reload.step, every_s=LOOK_EVERY_S),
             Loop("kills", self._kill_forced, every_s=RECHECK_S),
@@ -126,6 +135,7 @@ class ControlPlane:
             # In a loop, not in the way of the start: a store that can't be reached is a warning, and tried again.
             Loop("snapshot store", lambda: self.store.clean_up(older_than=ABANDONED_AFTER), every_s=PRUNE_EVERY_S),
             Loop("images", image_gc.step, every_s=IMAGE_GC_EVERY_S),
+            Loop("cloud", orphans.step, every_s=settings.cloud_check_s),
             Loop("events", self.ledger.events.prune, every_s=PRUNE_EVERY_S),
         ]
         for loop in self._loops:

@@ -310,6 +310,8 @@ class Converger:
         """Remove the body of an instance that should have none, unless the update did; return whether it is gone."""
         record = work.record
         body = {self._names.container_urn(record.id), self._names.volume_urn(record.id)}
+        if record.volume == "ebs":
+            body.add(self._names.cloud_volume_urn(record.id))
         try:
             if not body <= result.deleted:
                 self._sweep(record)

@@ -93,6 +93,24 @@ class ObjectMissing(ObjectStorageError):
     code = "object_missing"
 
 
+class CloudError(MachineuseError):
+    """A cloud refused, failed, or could not be reached."""
+
+    code = "cloud_error"
+
+
+class CloudMissing(CloudError):
+    """There is no such volume, snapshot or machine in the cloud."""
+
+    code = "cloud_missing"
+
+
+class CloudConflict(Conflict):
+    """A cloud volume is where it can't be used, and what is on it is too dear to be moved by guess."""
+
+    code = "cloud_conflict"
+
+
 class NoCapacity(MachineuseError):
     """No node has room now."""
 

@@ -11,7 +11,9 @@ from provisioner.plugins.policy import DeleteDecision
 from provisioner.states import Wanted
 from stacks.names import INSTANCE_LABEL, LEDGER_LABEL
 
-BODY_KINDS = frozenset({"container", "volume"})
+BODY_KINDS = frozenset({"container", "volume", "mount", "cloud_volume"})
+REMADE_KINDS = frozenset({"container", "mount"})
+"""What is remade at once when it is replaced, with nothing lost: the home is elsewhere."""
 
 
 class LedgerGuard:
@@ -78,8 +80,8 @@ def _reason_to_keep(record: InstanceRecord, *, urn: str, kind: str, replacing: b
     if record.wanted is Wanted.ABSENT:
         return None
     if kind in BODY_KINDS:
-        if record.sleeps_safely or (replacing and kind == "container"):
-            return None  # snapshotted and verified; or remade at once, and its home is in the volume
+        if record.sleeps_safely or (replacing and kind in REMADE_KINDS):
+            return None  # snapshotted and verified; or remade
         return (
             f"The {kind} of instance {record.id} is not deleted: the ledger wants the instance"
             f" {record.wanted.value}, and no verified snapshot took its place. Delete the instance through the API,"

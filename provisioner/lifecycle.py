@@ -50,6 +50,7 @@ def wish_dormant(record: InstanceRecord, *, reason: str) -> Update | None:
         state=SnapshotState.PENDING,
         bytes=None,
         created_at=time.time(),
+        volume=record.volume,
     )
     return Update(
         values=_new_wish(record, wanted=Wanted.DORMANT, event=Event.SLEEP) | {"snapshot_generation": generation},
@@ -142,14 +143,15 @@ def wish_revived(
     method: str,
     node_id: str,
     ports: tuple[int, ...],
-    disk_enforced: bool = False,
+    volume: str,
+    disk_enforced: bool,
     why_there: str | None = None,
     note: str | None = None,
 ) -> Update:
     """Want a dormant instance back, on that node and those ports (debug and stream, where it has them).
 
-    `disk_enforced` is of that node, and `why_there` tells people why it is that one; `note` tells them what is special
-    about how it is restored.
+    `volume` and `disk_enforced` are the node's: another node may do it otherwise. `why_there` tells people why it is
+    that one; `note` tells them what is special about how it is restored.
     """
     check_revivable(record)
     debug_port, stream_port = ports if record.browser else (None, None)
@@ -162,9 +164,10 @@ def wish_revived(
             "restored_by": None,
             "restore_note": note,
             "node_id": node_id,
-            "disk_enforced": disk_enforced,
             "debug_port": debug_port,
             "stream_port": stream_port,
+            "volume": volume,
+            "disk_enforced": disk_enforced,
             "body": True,
         },
         take_ports=ports,

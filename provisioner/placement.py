@@ -78,6 +78,12 @@ class Place:
     ports: tuple[int, ...]
     disk_quota: bool
     """Whether the node's storage driver limits volumes."""
+
+    @property
+    def disk_enforced(self) -> bool:
+        """Say whether a home there can't outgrow its `disk_gb`."""
+        return self.disk_quota or self.node.volume == "ebs"
+
     note: str | None = None
     """Why it is not the preferred node, or not the one with the copy."""
 

@@ -21,6 +21,7 @@ from typing import Any
 import structlog
 
 from provisioner.changes import Changes
+from provisioner.cloud_preparation import EBS, CloudPreparation
 from provisioner.cluster import Cluster
 from provisioner.converger import Step, Work
 from provisioner.docker_hosts.archives import DockerMachine
@@ -71,7 +72,9 @@ class Preparation:
         settings: Settings,
         changes: Changes,
         docker: DockerProvider,
+        cloud: CloudPreparation,
     ) -> None:
+        self._cloud = cloud
         self._ledger = ledger
         self._cluster = cluster
         self._hosts = hosts
@@ -103,7 +106,9 @@ class Preparation:
         """
         if work.step is Step.CREATE:
             job = self._prepare_image(work.record)
-            if job is None:
+            if work.record.volume == EBS:
+                job = self._prepare_cloud_body
+            elif job is None:
                 self._start_ahead(work.record)
         elif self._is_making_ahead(work.record) or (
             work.step is not Step.LIVE_SNAPSHOT and self._is_capturing(work.record)
@@ -111,6 +116,8 @@ class Preparation:
             return False
         elif work.step in (Step.SNAPSHOT, Step.LIVE_SNAPSHOT):
             job = self._prepare_snapshot
+        elif work.record.volume == EBS and work.step in (Step.SHED, Step.DELETE):
+            job = self._release
         else:
             job = self._discard_obsolete if work.record.obsolete_snapshots else None
         if job is None:
@@ -194,6 +201,8 @@ class Preparation:
         node = self._cluster.node(record.node_id)
         if node is None:
             return
+        if record.volume == EBS:
+            self._cloud.release(record)
         host = self._hosts.of(node)
         container, volume = self._names.docker_container(record.id), self._names.docker_volume(record.id)
         away = self._is_away(node)
@@ -228,11 +237,12 @@ class Preparation:
 
     def close(self) -> None:
         """Start nothing more; what runs is found again after a restart."""
+        self._cloud.close()
         for pool in (*self._pools.values(), *self._quick_pools.values()):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _is_capturing(self, record: InstanceRecord) -> bool:
-        """Say whether a snapshot of the instance is still being captured, and worth waiting for."""
+        """Say whether a snapshot of the instance is still captured, or its volume made, and worth waiting for."""
         node = self._cluster.node(record.node_id)
         if node is None or self._is_away(node):
             return False  # whatever hangs there finds out, once it goes on, that nobody needs it any more
@@ -240,10 +250,14 @@ class Preparation:
             for key in [key for key in self._jobs if key[0] == record.id and key[1] != record.generation]:
                 if self._jobs[key].done():
                     del self._jobs[key]
-                elif key[2] in (Step.SNAPSHOT, Step.LIVE_SNAPSHOT) and self._is_patient(record):
+                elif self._matters(key[2], record) and self._is_patient(record):
                     return True
         self._patience.pop(record.id, None)
         return False
+
+    def _matters(self, step: Step, record: InstanceRecord) -> bool:
+        taking = step in (Step.SNAPSHOT, Step.LIVE_SNAPSHOT)
+        return taking or (step is Step.CREATE and record.volume == EBS)
 
     def _node_of(self, record: InstanceRecord) -> NodeSpec:
         node = self._cluster.node(record.node_id)
@@ -276,6 +290,15 @@ class Preparation:
                 node, self._store.read_manifest(snapshot), image=record.image, instance_id=record.id
             )
 
+    def _prepare_cloud_body(self, record: InstanceRecord) -> None:
+        if (bring := self._prepare_image(record)) is not None:
+            bring(record)
+        self._cloud.make_volume(record)
+
+    def _release(self, record: InstanceRecord) -> None:
+        self._cloud.release(record)
+        self._discard_obsolete(record)
+
     def _prepare_snapshot(self, record: InstanceRecord) -> None:
         node = self._node_of(record)
         live = record.pending_live
@@ -306,6 +329,7 @@ class Preparation:
             machine=DockerMachine(self._hosts.of(node), helper_image=self._cluster.helper_image),
             store=self._store,
             progress=lambda said: log.debug("snapshot", instance=record.id, progress=said),
+            home_keeper=self._cloud.home_keeper(record, generation=generation),
         ).run()
         now = self._ledger.instances.find(record.id)
         if now is None or now.snapshot(generation) is None or generation in now.obsolete_snapshots:
@@ -335,6 +359,7 @@ class Preparation:
                         raise
                     urn = self._names.snapshot_urn(record.id, generation)
                     self._ledger.leftovers.add(node_id=node.id, urn=urn, name=copy)
+            self._cloud.discard(record, generation=generation)
             self._store.delete(SnapshotId(instance_id=record.id, generation=generation))
 
     def _is_away(self, node: NodeSpec) -> bool:

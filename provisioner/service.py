@@ -21,6 +21,7 @@ from provisioner.errors import (
     Conflict,
     LedgerUnavailable,
     MachineuseError,
+    NoCapacity,
     NotFound,
     SnapshotCorrupt,
     SnapshotFailed,
@@ -155,7 +156,8 @@ class InstanceService:
                 method=method,
                 node_id=place.node.id,
                 ports=place.ports,
-                disk_enforced=place.disk_quota,
+                volume=place.node.volume,
+                disk_enforced=place.disk_enforced,
                 why_there=place.note,
             )
 
@@ -198,7 +200,8 @@ class InstanceService:
                 method=FULL_RESTORE,
                 node_id=place.node.id,
                 ports=place.ports,
-                disk_enforced=place.disk_quota,
+                volume=place.node.volume,
+                disk_enforced=place.disk_enforced,
                 note=note,
             )
 
@@ -224,11 +227,10 @@ class InstanceService:
             disk_gb=record.disk_gb,
             ports=2 if record.browser else 0,
             labels=record.node_labels,
-            volume=record.volume,
             node_preference=node_preference,
             strict=strict,
             home_node=taken.node_id if taken is not None else record.node_id,
-            avoid=self._ledger.leftovers.nodes_of(record.id) | frozenset(avoid),
+            avoid=self._ledger.leftovers.nodes_of(record.id) | self._nodes_out_of_reach(record) | frozenset(avoid),
         )
 
     def delete(self, instance_id: str, *, force: bool) -> InstanceRecord:
@@ -280,6 +282,27 @@ class InstanceService:
         self._changes.work.set()
         return record
 
+    def _nodes_out_of_reach(self, record: InstanceRecord) -> frozenset[str]:
+        """Return the nodes that a dormant instance's home can't be given back on: one in the cloud stays in its region.
+
+        Raises NoCapacity where that is all of them.
+        """
+        kept = record.snapshot(record.snapshot_generation)
+        if kept is None or kept.volume != "ebs":
+            return frozenset()
+        last = self._cluster.node(kept.node_id)
+        region = last.cloud.region if last is not None and last.cloud is not None else None
+        nodes = self._cluster.nodes
+        near = {n.id for n in nodes if n.volume == "ebs" and n.cloud is not None and region in (None, n.cloud.region)}
+        if not near:
+            raise NoCapacity(
+                f"The home of instance {record.id} is a snapshot in the cloud"
+                + (f" in {region}" if region else "")
+                + ", and the cluster has no node with `volume: ebs` there.",
+                resolution="Add such a node to the cluster's file.",
+            )
+        return frozenset(node.id for node in nodes) - near
+
     def _place(self, need: Need, *, loads: LoadReader) -> Place:
         settings = self._settings
         return choose_place(
@@ -309,7 +332,7 @@ class InstanceService:
             memory_gb=request.memory_gb,
             cpu_cores=request.cpu_cores,
             disk_gb=request.disk_gb,
-            disk_enforced=place.disk_quota,
+            disk_enforced=place.disk_enforced,
             idle_timeout_minutes=request.idle_timeout_minutes,
             auto_snapshot=request.auto_snapshot,
             node_labels=request.node_labels,

@@ -89,6 +89,15 @@ class Settings(BaseSettings):
     snapshot_encrypted_only: bool = False
     """Restore no snapshot that is not encrypted: without it, the store's owner can put such a one in place."""
 
+    ec2_endpoint: str | None = None
+    """Where EC2 is, if not at AWS: for an emulator. Keys are where boto3 looks."""
+    ebs_type: str = "gp3"
+    ebs_encrypted: bool = True
+    ebs_kms_key: str | None = None
+    """The key that cloud volumes are encrypted with; by default the account's own for EBS."""
+    cloud_check_s: float = Field(default=3600, gt=0)
+    """How often the cloud is searched for volumes and snapshots that no instance needs."""
+
     @model_validator(mode="after")
     def _resolve(self) -> Self:
         object.__setattr__(self, "project_dir", self.project_dir.resolve())

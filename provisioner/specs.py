@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from provisioner.ledger.records import InstanceRecord
 from provisioner.states import Wanted
 from stacks.names import Names
-from stacks.spec import InstanceSpec, RestoreSpec, SnapshotRef
+from stacks.spec import CloudVolumeSpec, InstanceSpec, RestoreSpec, SnapshotRef
 
 
 def spec_of(record: InstanceRecord) -> InstanceSpec | None:
@@ -18,7 +19,15 @@ def spec_of(record: InstanceRecord) -> InstanceSpec | None:
     if record.wanted is Wanted.ABSENT:
         return None
     refs = {
-        s.generation: SnapshotRef(instance_id=record.id, generation=s.generation, node_id=s.node_id, live=s.live)
+        s.generation: SnapshotRef.model_validate(
+            {
+                "instance_id": record.id,
+                "generation": s.generation,
+                "node_id": s.node_id,
+                "live": s.live,
+                "volume": s.volume,
+            }
+        )
         for s in record.snapshots
         if s.generation not in record.obsolete_snapshots
     }
@@ -32,6 +41,13 @@ def spec_of(record: InstanceRecord) -> InstanceSpec | None:
             node_id=restored.node_id if restored is not None else record.node_id,
         )
         restore = RestoreSpec(snapshot=source, method=record.restore_method)
+    cloud_volume = None
+    if body and record.volume == "ebs":
+        cloud_volume = CloudVolumeSpec(
+            size_gib=math.ceil(record.disk_gb),
+            generation=record.generation,
+            restored_generation=record.restore_generation or 0,
+        )
     return InstanceSpec(
         id=record.id,
         node_id=record.node_id,
@@ -39,10 +55,11 @@ def spec_of(record: InstanceRecord) -> InstanceSpec | None:
         browser=record.browser,
         memory_mib=record.memory_mib,
         cpus=record.cpu_cores,
-        disk_quota_gib=record.disk_gb if record.disk_enforced else None,
+        disk_quota_gib=record.disk_gb if record.disk_enforced and cloud_volume is None else None,
         debug_port=record.debug_port,
         stream_port=record.stream_port,
         body=body,
+        cloud_volume=cloud_volume,
         restore=restore,
         snapshots=tuple(refs.values()),
     )
@@ -56,6 +73,8 @@ def specs_of(records: Iterable[InstanceRecord]) -> list[InstanceSpec]:
 def body_urns(record: InstanceRecord, *, names: Names) -> list[str]:
     """Return the URNs of what a running instance consists of, besides its component."""
     urns = [names.volume_urn(record.id), names.container_urn(record.id)]
+    if record.volume == "ebs":
+        urns.append(names.cloud_volume_urn(record.id))
     if record.restore_generation is not None:
         urns.append(names.restore_urn(record.id))
     return urns

@@ -1,6 +1,8 @@
 """One browser instance as a resource.
 
-    running   Instance ─┬─ Volume (home)                    dormant   Instance ─── Snapshot
+    running   Instance ─┬─ CloudVolume (where the node     dormant   Instance ─── Snapshot
+                        │  has such: the home is on it)
+                        ├─ Volume (home)
                         ├─ Restore (only after a revive)
                         └─ Container
 
@@ -17,6 +19,7 @@ import pulumi
 import pulumi_docker as docker
 
 from stacks import names
+from stacks.cloud_volume import CloudVolume
 from stacks.names import CLUSTER_LABEL, INSTANCE_LABEL, LEDGER_LABEL, PIDS_LABEL, URN_LABEL, Names
 from stacks.snapshots import Restore, Snapshot
 from stacks.spec import (
@@ -24,6 +27,7 @@ from stacks.spec import (
     HOME_PATH,
     SECCOMP_PROFILE,
     STREAM_PORT,
+    CloudVolumeSpec,
     ClusterSpec,
     InstanceSpec,
     NodeSpec,
@@ -39,13 +43,20 @@ def read_seccomp_profile() -> str:
     return json.dumps(json.loads(SECCOMP_PROFILE.read_text()), separators=(",", ":"))
 
 
-def volume_arguments(spec: InstanceSpec, *, cluster: ClusterSpec, ledger_id: str) -> dict[str, Any]:
-    """Return the arguments of an instance's home volume."""
+def volume_arguments(
+    spec: InstanceSpec, *, cluster: ClusterSpec, ledger_id: str, device: pulumi.Input[str] | None = None
+) -> dict[str, Any]:
+    """Return the arguments of an instance's home volume, which is on `device` where there is one."""
     own = Names(cluster.name)
     quota = spec.disk_quota_gib
+    options: dict[str, pulumi.Input[str]] | None = None
+    if device is not None:
+        options = {"type": "ext4", "device": device, "o": "noatime,nodev"}
+    elif quota is not None:
+        options = {"size": f"{int(quota * 1024)}m"}
     return {
         "name": own.docker_volume(spec.id),
-        "driver_opts": {"size": f"{int(quota * 1024)}m"} if quota is not None else None,
+        "driver_opts": options,
         "labels": _labels(spec, cluster=cluster, ledger_id=ledger_id, urn=own.volume_urn(spec.id)),
     }
 
@@ -126,11 +137,12 @@ class Instance(pulumi.ComponentResource):
         for ref in spec.snapshots:
             self.resources.append(self._snapshot(ref))
         if spec.body:
-            volume = self._volume()
+            cloud_volume = self._cloud_volume(spec.cloud_volume) if spec.cloud_volume is not None else None
+            volume = self._volume(cloud_volume)
             image: pulumi.Input[str] = spec.image
             self.resources.append(volume)
             if spec.restore is not None:
-                restore = self._restore(volume)
+                restore = self._restore(volume, cloud_volume)
                 image = restore.image
                 self.resources.append(restore)
             self.resources.append(self._container(volume, image=image))
@@ -138,8 +150,31 @@ class Instance(pulumi.ComponentResource):
     def _options(self) -> pulumi.ResourceOptions:
         return pulumi.ResourceOptions(parent=self, provider=self._provider)
 
-    def _volume(self) -> docker.Volume:
-        arguments = volume_arguments(self._spec, cluster=self._cluster, ledger_id=self._ledger_id)
+    def _cloud_volume(self, volume: CloudVolumeSpec) -> CloudVolume:
+        assert self._node is not None
+        assert self._node.cloud is not None
+        resource = CloudVolume(
+            names.cloud_volume_name(self._spec.id),
+            cluster=self._cluster.name,
+            ledger_id=self._ledger_id,
+            instance=self._spec.id,
+            generation=volume.generation,
+            restored_generation=volume.restored_generation,
+            name=self._names.docker_volume(self._spec.id),
+            node_id=self._node.id,
+            **endpoint_arguments(self._node),
+            machine=self._node.cloud.instance_id,
+            zone=self._node.cloud.zone,
+            size_gib=volume.size_gib,
+            helper_image=self._cluster.helper_image,
+            opts=pulumi.ResourceOptions(parent=self),
+        )
+        self.resources.append(resource)
+        return resource
+
+    def _volume(self, cloud_volume: CloudVolume | None) -> docker.Volume:
+        device = cloud_volume.device if cloud_volume is not None else None
+        arguments = volume_arguments(self._spec, cluster=self._cluster, ledger_id=self._ledger_id, device=device)
         return docker.Volume(names.volume_name(self._spec.id), **arguments, opts=self._options())
 
     def _container(self, volume: docker.Volume, *, image: pulumi.Input[str]) -> docker.Container:
@@ -172,10 +207,11 @@ class Instance(pulumi.ComponentResource):
             helper_image=self._cluster.helper_image,
             stop_timeout_s=STOP_TIMEOUT_S,
             live=ref.live,
+            cloud_region=self._region_of(ref) if ref.volume == "ebs" else None,
             opts=pulumi.ResourceOptions(parent=self),
         )
 
-    def _restore(self, volume: docker.Volume) -> Restore:
+    def _restore(self, volume: docker.Volume, cloud_volume: CloudVolume | None) -> Restore:
         spec = self._spec
         assert spec.restore is not None
         assert self._node is not None
@@ -193,5 +229,10 @@ class Instance(pulumi.ComponentResource):
             image=spec.image,
             helper_image=self._cluster.helper_image,
             copy_volume=self._names.docker_copy(spec.id, ref.generation),
+            cloud_volume=cloud_volume.volume_id if cloud_volume is not None else None,
             opts=pulumi.ResourceOptions(parent=self),
         )
+
+    def _region_of(self, ref: SnapshotRef) -> str | None:
+        node = self._cluster.node(ref.node_id) or self._node
+        return node.cloud.region if node is not None and node.cloud is not None else None

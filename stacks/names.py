@@ -13,6 +13,7 @@ PROVIDER_TYPE = "pulumi:providers:docker"
 SNAPSHOT_TYPE = "machineuse:index:Snapshot"
 RESTORE_TYPE = "machineuse:index:Restore"
 NODE_IMAGE_TYPE = "machineuse:index:NodeImage"
+CLOUD_VOLUME_TYPE = "machineuse:index:CloudVolume"
 
 CLUSTER_LABEL = "machineuse.cluster"
 LEDGER_LABEL = "machineuse.ledger"
@@ -43,6 +44,10 @@ class Names:
     def volume_urn(self, instance_id: str) -> str:
         """Return the URN of an instance's home volume."""
         return self.child_urn(VOLUME_TYPE, volume_name(instance_id))
+
+    def cloud_volume_urn(self, instance_id: str) -> str:
+        """Return the URN of the cloud volume that an instance's home volume is on."""
+        return self.child_urn(CLOUD_VOLUME_TYPE, cloud_volume_name(instance_id))
 
     def container_urn(self, instance_id: str) -> str:
         """Return the URN of an instance's container."""
@@ -106,6 +111,11 @@ def node_image_name(node_id: str, image: str) -> str:
 def volume_name(instance_id: str) -> str:
     """Return the resource name of an instance's home volume."""
     return f"{instance_id}-home"
+
+
+def cloud_volume_name(instance_id: str) -> str:
+    """Return the resource name of the cloud volume that an instance's home volume is on."""
+    return f"{instance_id}-disk"
 
 
 def container_name(instance_id: str) -> str:

@@ -50,6 +50,7 @@ class Snapshot(CamelCaseResource):
         helper_image: pulumi.Input[str],
         stop_timeout_s: pulumi.Input[int],
         live: pulumi.Input[bool] = False,
+        cloud_region: pulumi.Input[str] | None = None,
         opts: pulumi.ResourceOptions | None = None,
     ) -> None:
         inputs = {
@@ -69,6 +70,7 @@ class Snapshot(CamelCaseResource):
             "helper_image": helper_image,
             "stop_timeout_s": stop_timeout_s,
             "live": live,
+            "cloud_region": cloud_region,
         }
         outputs = (
             "bytes",
@@ -109,6 +111,7 @@ class Restore(CamelCaseResource):
         image: pulumi.Input[str],
         helper_image: pulumi.Input[str],
         copy_volume: pulumi.Input[str],
+        cloud_volume: pulumi.Input[str] | None = None,
         opts: pulumi.ResourceOptions | None = None,
     ) -> None:
         inputs = {
@@ -125,6 +128,7 @@ class Restore(CamelCaseResource):
             "image": image,
             "helper_image": helper_image,
             "copy_volume": copy_volume,
+            "cloud_volume": cloud_volume,
         }
         outputs = ("method_used", "fallback_reason", "bytes")
         super().__init__(RESTORE_TYPE, resource_name, inputs | dict.fromkeys(outputs), opts)

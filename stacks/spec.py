@@ -6,6 +6,7 @@ in the names. Nothing here knows how a thing is made.
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Literal, Self
@@ -20,6 +21,7 @@ CDP_PORT = 9222
 STREAM_PORT = 6080
 HOME_PATH = "/home/machine"
 LABEL_PREFIX = "machineuse."
+_REGION = re.compile(r"[a-z]+(?:-[a-z]+)+-\d+")
 SECCOMP_PROFILE = Path(__file__).resolve().parent.parent / "images" / "browser" / "seccomp.json"
 
 
@@ -56,6 +58,12 @@ class CloudIdentity(Spec):
     provider: Literal["aws"] = "aws"
     instance_id: str
     zone: str
+
+    @property
+    def region(self) -> str:
+        """Return the region of the zone: `us-east-1` for `us-east-1a`, `us-west-2` for `us-west-2-lax-1a`."""
+        found = _REGION.match(self.zone)
+        return found[0] if found else self.zone
 
 
 class NodeSpec(Spec):
@@ -136,6 +144,8 @@ class SnapshotRef(Spec):
     """The node that it was taken on, and that keeps the quick copy."""
     live: bool = False
     """Taken while the instance ran, and went on running."""
+    volume: Literal["docker", "ebs"] = "docker"
+    """What the home was on, which says where it is kept: in the snapshot store, or as a snapshot in the cloud."""
 
 
 class RestoreSpec(Spec):
@@ -144,6 +154,16 @@ class RestoreSpec(Spec):
     snapshot: SnapshotRef
     method: str
     """`quick_start` or `full_restore`: what was asked for; the Restore resource's outputs say what was done."""
+
+
+class CloudVolumeSpec(Spec):
+    """The cloud volume that an instance's home is on."""
+
+    size_gib: int = Field(ge=1)
+    generation: int
+    """Of the wish that it is made for: tells its creation from that of one that was removed."""
+    restored_generation: int = 0
+    """The snapshot that the instance was revived from; 0 for its first life."""
 
 
 class InstanceSpec(Spec):
@@ -167,5 +187,7 @@ class InstanceSpec(Spec):
     debug_port: int | None = None
     stream_port: int | None = None
     body: bool = True
+    cloud_volume: CloudVolumeSpec | None = None
+    """Where the node's homes are on cloud volumes."""
     restore: RestoreSpec | None = None
     snapshots: tuple[SnapshotRef, ...] = ()

@@ -34,13 +34,16 @@ def helper_container(
     volume: str,
     mounts: Mapping[str, str],
     read_only: Sequence[str] = (),
+    binds: Mapping[str, str] | None = None,
+    devices: Mapping[str, str] | None = None,
     command: Sequence[str] = ("true",),
     environment: Mapping[str, str] | None = None,
     labels: Mapping[str, str] | None = None,
 ) -> Iterator[str]:
     """Create a helper for `volume`, which is not started, and remove it afterwards; gives its name.
 
-    `mounts` maps paths to volumes. Nothing of the image is copied into an empty volume.
+    `mounts` maps paths to volumes. Nothing of the image is copied into an empty volume. `binds` maps paths to
+    directories of the node, read-only; `devices` maps paths to devices of the node.
     """
     name = f"{volume}-helper"
     configuration: dict[str, Any] = {
@@ -56,7 +59,9 @@ def helper_container(
             mounts=[
                 Mount(path, source, type="volume", read_only=path in read_only, no_copy=True)
                 for path, source in mounts.items()
-            ],
+            ]
+            + [Mount(path, source, type="bind", read_only=True) for path, source in (binds or {}).items()],
+            devices=[f"{source}:{path}:rw" for path, source in (devices or {}).items()],
             network_mode="none",
             cap_drop=["ALL"],
             cap_add=_CAPABILITIES,

@@ -44,6 +44,8 @@ class SnapshotRecord:
     created_at: float
     live: bool = False
     """Taken while the instance ran, and goes on running."""
+    volume: str = "docker"
+    """What the home was on: `docker` keeps it in the snapshot store, `ebs` as a snapshot in the cloud."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -111,6 +111,7 @@ snapshots = Table(
     Column("node_id", String(64), nullable=False),
     Column("state", String(16), nullable=False),
     Column("live", Boolean, nullable=False, server_default=false()),
+    Column("volume", String(16), nullable=False, server_default="docker"),
     Column("bytes", Long),
     Column("created_at", Float, nullable=False),
 )

@@ -32,7 +32,9 @@ class DeletePolicy(Protocol):
     """Answers for every delete; called by many threads."""
 
     def check_delete(self, *, urn: str, labels: Mapping[str, str], kind: str, replacing: bool) -> DeleteDecision:
-        """Decide about a `container`, `volume` or `network` (or a kind of the machineuse plugin).
+        """Decide about a `container`, `volume`, `mount` or `network` (or a kind of the machineuse plugin).
+
+        A `mount` is a volume that only names a device.
 
         `labels` are the ones recorded in the stack. `replacing`: its successor is created in the same run, under the
         same URN; what is in it (a volume's files, a container's layer) is lost all the same.

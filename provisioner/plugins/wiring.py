@@ -22,9 +22,11 @@ def build_plugin(package: str, *, engine_address: str) -> PluginServicer:
         return DockerProvider(hosts=hosts, policy=policy, engine_address=engine_address)
     from provisioner.plugins.machineuse.servicer import MachineusePlugin
     from provisioner.snapshots.location import open_store
+    from provisioner.volumes.location import open_regions
 
     store = open_store(settings)
-    return MachineusePlugin(store=store, hosts=hosts, policy=policy, engine_address=engine_address)
+    regions = open_regions(settings)
+    return MachineusePlugin(store=store, hosts=hosts, policy=policy, regions=regions, engine_address=engine_address)
 
 
 def _open_policy(settings: Settings) -> DeletePolicy:

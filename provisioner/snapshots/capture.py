@@ -32,6 +32,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Protocol
 
 import structlog
 
@@ -45,7 +46,7 @@ from provisioner.snapshots.changes import (
     select_changes,
 )
 from provisioner.snapshots.machine import RESTORED_REPOSITORY, ContainerFacts, Machine, Progress, Volumes
-from provisioner.snapshots.manifest import ImageIdentity, Manifest, Part, PartName, SnapshotId
+from provisioner.snapshots.manifest import CloudHome, ImageIdentity, Manifest, Part, PartName, SnapshotId
 from provisioner.snapshots.mark import parse_mark
 from provisioner.snapshots.store import SnapshotStore, SnapshotWriter
 from provisioner.snapshots.tars import TarBroken, write_part
@@ -73,6 +74,22 @@ class CaptureRequest:
     stop_timeout_s: int = 10
     labels: dict[str, str] = field(default_factory=dict)
     """For the copy volume and helper containers."""
+
+
+class HomeKeeper(Protocol):
+    """Keeps the home directory where it is no archive: in the cloud that has its volume. All of it may be repeated."""
+
+    def find_life(self) -> int | None:
+        """Return the generation of the snapshot that the home was restored from, 0 for none, None without a home."""
+
+    def take(self, *, run: str, progress: Progress) -> CloudHome:
+        """Take a snapshot of the home as `run` of its container left it; returns once it is whole."""
+
+    def check(self, home: CloudHome) -> None:
+        """Raise unless the snapshot is there and whole."""
+
+    def discard(self) -> None:
+        """Remove what there is of the snapshot."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +120,11 @@ class Capture:
         store: SnapshotStore,
         progress: Progress = lambda _: None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        home_keeper: HomeKeeper | None = None,
     ) -> None:
+        """Take the home as an archive, or leave it to `home_keeper`."""
+        self._home_keeper = home_keeper
+        self._cloud_home: CloudHome | None = None
         self._request = request
         self._machine = machine
         self._store = store
@@ -198,6 +219,11 @@ class Capture:
 
     def _capture_home(self) -> None:
         request = self._request
+        if self._home_keeper is not None:
+            facts = self._known_facts()
+            run = f"{facts.id}@{facts.started_at}"
+            self._cloud_home = self._home_keeper.take(run=run, progress=self._progress)
+            return
         reading = (
             self._machine.read_copy(request.volumes)
             if request.live
@@ -234,9 +260,13 @@ class Capture:
         self._progress("reading the archive back")
         self._manifest = self._open_writer().sealer().seal_manifest(self._build_manifest())
         self._open_writer().verify(self._manifest)
+        if self._home_keeper is not None and self._cloud_home is not None:
+            self._home_keeper.check(self._cloud_home)
 
     def _copy(self) -> None:
         manifest = self._verified_manifest()
+        if manifest.cloud_home is not None:
+            return  # it is as quick without
         self._progress("copying the home volume for a quick start")
         self._copied, self._copy_error = False, None
         try:
@@ -270,10 +300,13 @@ class Capture:
     def _refuse_past(self) -> None:
         snapshot, home_path = self._request.snapshot, self._request.volumes.home_path
         mark = parse_mark(self._machine.read_mark(self._request.container, home_path))
-        if mark is not None and mark.generation >= snapshot.generation:
+        revived_from = mark.generation if mark is not None else -1
+        if self._home_keeper is not None:
+            revived_from = max(revived_from, self._home_keeper.find_life() or -1)
+        if revived_from >= snapshot.generation:
             raise SnapshotFailed(
                 f"Snapshot {snapshot} can't be taken any more: the instance has been revived from "
-                f"snapshot {mark.generation} since.",
+                f"snapshot {revived_from} since.",
                 resolution="If that snapshot was removed by hand, make the instance dormant again to get a new one.",
             )
 
@@ -317,6 +350,7 @@ class Capture:
             parts=tuple(self._parts[name] for name in PartName if name in self._parts),
             changed_paths=self._changed_paths,
             deleted_paths=self._record.deleted,
+            cloud_home=self._cloud_home,
         )
 
     def _find_completed(self) -> CaptureResult | None:
@@ -338,6 +372,11 @@ class Capture:
                 self._store.delete(snapshot)
                 return None
         self._manifest = manifest
+        if manifest.cloud_home is not None:
+            if self._home_keeper is not None:
+                self._home_keeper.check(manifest.cloud_home)
+            self._progress("the snapshot is complete already")
+            return self._result()
         stamp = None
         with contextlib.suppress(MachineuseError):
             stamp = self._machine.read_stamp(self._request.volumes.copy)
@@ -352,6 +391,8 @@ class Capture:
             if self._writer is not None:
                 self._writer.abandon()
                 self._store.delete(self._request.snapshot)
+                if self._home_keeper is not None:
+                    self._home_keeper.discard()
         if self._writer is not None:  # else it may belong to a snapshot that is complete and only out of reach
             self._remove_copy()
         cause = error.message if isinstance(error, MachineuseError) else f"The archive could not be read: {error}."

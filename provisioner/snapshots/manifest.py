@@ -5,6 +5,8 @@ A snapshot is `<instance>/<generation>` and has up to two parts, each a tar comp
 - `home.tar.zst`: the home volume, as Docker's archive of the home directory (its entries start with the directory's
   own name, so that its owner and mode are kept too);
 - `rootfs.tar.zst`: what changed above the image, names relative to `/`. Only there when something did change.
+
+Where the home is a cloud volume, `cloud_home` names the cloud's snapshot of it, and there is no `home.tar.zst`.
 """
 
 from __future__ import annotations
@@ -73,6 +75,19 @@ class Encryption(_Frozen):
     """Base64: what of the manifest is not readable, bound to what is."""
 
 
+class CloudHome(_Frozen):
+    """The home directory as a cloud keeps it: a whole file system, of which only the cloud has the bytes."""
+
+    provider: Literal["aws"] = "aws"
+    region: str
+    snapshot_id: str
+    volume_id: str
+    """What it was taken of; long gone when it is restored."""
+    size_gib: int = Field(ge=1)
+    bytes: int = Field(default=0, ge=0)
+    """What it takes up, where the cloud says."""
+
+
 class Manifest(_Frozen):
     """Everything that must be known to restore a snapshot; stored as `manifest.json`, written last."""
 
@@ -98,6 +113,8 @@ class Manifest(_Frozen):
     """Paths of the image that are gone. Not written where the seal has them."""
     encryption: Encryption | None = None
     """None where the parts are only compressed."""
+    cloud_home: CloudHome | None = None
+    """Where the home is, if it is no part."""
 
     @property
     def id(self) -> SnapshotId:
@@ -106,8 +123,8 @@ class Manifest(_Frozen):
 
     @property
     def stored_bytes(self) -> int:
-        """Return the stored size of all parts together."""
-        return sum(part.bytes for part in self.parts)
+        """Return the stored size of all parts together, and of a home in the cloud."""
+        return sum(part.bytes for part in self.parts) + (self.cloud_home.bytes if self.cloud_home else 0)
 
     def part(self, name: PartName) -> Part | None:
         """Return the part of that name, or None."""
@@ -115,7 +132,7 @@ class Manifest(_Frozen):
 
     @property
     def home(self) -> Part:
-        """Return the home archive; every snapshot has one."""
+        """Return the home archive; every snapshot has one, unless its home is in a cloud."""
         home = self.part(PartName.HOME)
         if home is None:
             raise ValueError(f"the manifest of {self.id} lists no {PartName.HOME.value}")
@@ -127,4 +144,6 @@ class Manifest(_Frozen):
         left_out = {"encryption"} if self.encryption is None else {"deleted_paths"}
         if not self.live:
             left_out.add("live")
+        if self.cloud_home is None:
+            left_out.add("cloud_home")
         return self.model_dump_json(indent=2, exclude=left_out).encode() + b"\n"

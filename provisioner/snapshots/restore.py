@@ -42,6 +42,8 @@ class RestoreRequest:
     volumes: Volumes
     image: str
     """The original image, run unless the snapshot carries changes above it."""
+    home_restored: bool = False
+    """Whether the home volume was made from the cloud's snapshot already, where the home is kept there."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,14 @@ def restore(
     volumes = replace(request.volumes, home_path=manifest.home_path)
     restoring = _Restoring(replace(request, volumes=volumes), manifest, machine, store, progress)
     image = restoring.build_image()  # before the home volume: a broken archive must leave that untouched
+    if manifest.cloud_home is not None:
+        if not request.home_restored:
+            raise Conflict(
+                f"The home of snapshot {request.snapshot} is the cloud's snapshot {manifest.cloud_home.snapshot_id}"
+                f" in {manifest.cloud_home.region}, and can't be restored onto this node.",
+                resolution="Revive the instance on a node with `volume: ebs` in that region.",
+            )
+        return RestoreResult(request.method, None, image, manifest.cloud_home.size_gib << 30)
     mark = restoring.find_mark()
     if mark is None:
         mark = restoring.fill_home()

@@ -22,6 +22,7 @@ from provisioner.plugins.machineuse import MachineusePlugin
 from provisioner.plugins.policy import DeleteDecision
 from provisioner.snapshots.directory import DirectoryStore
 from provisioner.snapshots.manifest import SnapshotId
+from provisioner.volumes.ec2 import Ec2Options, Ec2Regions
 from stacks.claim import Claim
 from stacks.snapshots import Restore, Snapshot
 from stacks.spec import BROWSER_IMAGE
@@ -177,7 +178,9 @@ def life(tmp_path: Path) -> Iterator[Life]:
     hosts = DockerHosts(timeout_s=5)
     plugins = [
         DockerProvider(hosts=hosts, policy=policy),
-        MachineusePlugin(store=DirectoryStore(store_root), hosts=hosts, policy=policy),
+        MachineusePlugin(
+            store=DirectoryStore(store_root), hosts=hosts, policy=policy, regions=Ec2Regions(Ec2Options())
+        ),
     ]
     with PluginHost(plugins) as host:
         stack = InlineStack(tmp_path, debug_providers=host.debug_providers)

@@ -160,7 +160,12 @@ class World:
 
 def _revive(record: InstanceRecord, loads: LoadReader) -> Update:
     return lifecycle.wish_revived(
-        record, method="quick_start", node_id="local", ports=_free_ports(loads, node_id="local")
+        record,
+        method="quick_start",
+        node_id="local",
+        ports=_free_ports(loads, node_id="local"),
+        volume="docker",
+        disk_enforced=False,
     )
 
 

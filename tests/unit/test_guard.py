@@ -31,6 +31,22 @@ def ask(ledger: Ledger, *, kind: str = "volume", owner: str | None = None, repla
     )
 
 
+@pytest.mark.parametrize("replacing", [False, True])
+def test_a_cloud_volume_goes_only_after_a_verified_snapshot(ledger: Ledger, replacing: bool) -> None:
+    ledger.instances.create(lambda _: (make_record(volume="ebs"), "test"))
+    assert not ask(ledger, kind="cloud_volume", replacing=replacing).allowed
+    ledger.instances.change(ID, lambda r, _: lifecycle.wish_dormant(r, reason="test"))
+    assert not ask(ledger, kind="cloud_volume", replacing=replacing).allowed
+    ledger.instances.change(ID, lambda r, _: lifecycle.note_snapshot(r, generation=2, size_bytes=1, keep=1))
+    assert ask(ledger, kind="cloud_volume", replacing=replacing).allowed
+
+
+def test_a_volume_that_only_names_a_device_may_be_replaced(ledger: Ledger) -> None:
+    ledger.instances.create(lambda _: (make_record(volume="ebs"), "test"))
+    assert not ask(ledger, kind="mount").allowed
+    assert ask(ledger, kind="mount", replacing=True).allowed
+
+
 def test_what_is_wanted_is_kept_but_a_container_may_be_replaced(ledger: Ledger) -> None:
     ledger.instances.create(lambda _: (make_record(), "test"))
     assert not ask(ledger).allowed

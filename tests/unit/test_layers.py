@@ -20,8 +20,8 @@ SOURCES = sorted(
 
 DOORS = {
     "docker": ["provisioner.docker_hosts"],
-    "boto3": ["provisioner.object_storage", "provisioner.kms"],
-    "botocore": ["provisioner.object_storage", "provisioner.kms"],
+    "boto3": ["provisioner.object_storage", "provisioner.kms", "provisioner.volumes.ec2"],
+    "botocore": ["provisioner.object_storage", "provisioner.kms", "provisioner.volumes.ec2"],
     "tink": ["provisioner.snapshots.keyset"],
     "pulumi.automation": [
         "provisioner.engine",

@@ -81,7 +81,12 @@ def test_dormant_is_settled_without_body_and_ports() -> None:
 def test_a_revive_restores_the_snapshot_of_the_dormancy() -> None:
     record = sleeping()
     slept = record.generation
-    record = apply(record, lifecycle.wish_revived(record, method="quick_start", node_id="local", ports=(1, 2)))
+    record = apply(
+        record,
+        lifecycle.wish_revived(
+            record, method="quick_start", node_id="local", ports=(1, 2), volume="docker", disk_enforced=False
+        ),
+    )
     assert record.status is Status.CREATING
     assert record.restore_generation == slept
     assert record.debug_port == 1
@@ -103,7 +108,12 @@ def test_a_failed_snapshot_leaves_it_running_with_the_error_on_it() -> None:
 def test_a_failed_revive_leaves_it_dormant_with_its_snapshot() -> None:
     record = sleeping()
     slept = record.generation
-    record = apply(record, lifecycle.wish_revived(record, method="full_restore", node_id="local", ports=(1, 2)))
+    record = apply(
+        record,
+        lifecycle.wish_revived(
+            record, method="full_restore", node_id="local", ports=(1, 2), volume="docker", disk_enforced=False
+        ),
+    )
     wished = record.generation
     error = SnapshotCorrupt("The archive is damaged.")
     record = apply(record, lifecycle.note_revive_failed(record, generation=wished, error=error))
@@ -198,7 +208,12 @@ def test_the_error_of_a_try_is_taken_back_when_a_later_one_succeeds() -> None:
 
 def test_the_error_that_ended_a_revive_stays_when_it_is_dormant_again() -> None:
     asleep = sleeping()
-    reviving = apply(asleep, lifecycle.wish_revived(asleep, method="full_restore", node_id="local", ports=(1, 2)))
+    reviving = apply(
+        asleep,
+        lifecycle.wish_revived(
+            asleep, method="full_restore", node_id="local", ports=(1, 2), volume="docker", disk_enforced=False
+        ),
+    )
     generation = reviving.generation
     error = SnapshotCorrupt("damaged")
     again = apply(reviving, lifecycle.note_revive_failed(reviving, generation=generation, error=error))

@@ -45,12 +45,34 @@ class FakeDocker:
         self.made.append(urn)
 
 
+class FakeCloudPreparation:
+    """Makes and releases volumes when it is let; says in which order."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+        self.begun = threading.Event()
+        self.may_go_on = threading.Event()
+
+    def make_volume(self, record: InstanceRecord) -> None:
+        self.begun.set()
+        assert self.may_go_on.wait(10)
+        self.done.append(f"make {record.generation}")
+
+    def release(self, record: InstanceRecord) -> None:
+        self.done.append(f"release {record.generation}")
+
+    def discard(self, record: InstanceRecord, *, generation: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class World:
     """A preparation over a real ledger."""
 
     def __init__(self, path: Path) -> None:
         self.ledger = Ledger.create(path / "ledger.db")
         self.docker = FakeDocker()
+        self.cloud = FakeCloudPreparation()
         self.preparation = Preparation(
             self.ledger,
             cluster=Cluster(ClusterSpec(name="unit")),
@@ -59,10 +81,11 @@ class World:
             settings=Settings(),
             changes=Changes(),
             docker=self.docker,  # type: ignore[arg-type]
+            cloud=self.cloud,  # type: ignore[arg-type]
         )
 
-    def add(self) -> InstanceRecord:
-        record = make_record(status=Status.CREATING, applied_generation=0, settled_generation=0)
+    def add(self, **changes: Any) -> InstanceRecord:
+        record = make_record(status=Status.CREATING, applied_generation=0, settled_generation=0, **changes)
         return self.ledger.instances.create(lambda _: (record, "test"))
 
     @property
@@ -81,6 +104,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     world = World(tmp_path)
     yield world
     world.docker.may_go_on.set()
+    world.cloud.may_go_on.set()
     world.preparation.close()
     world.ledger.close()
 
@@ -143,3 +167,25 @@ def test_nothing_is_made_ahead_for_a_wish_that_was_overtaken(world: World) -> No
     assert world.preparation.prepare(stale)
     until(lambda: world.preparation.prepare(world.work))
     assert world.docker.made == []
+
+
+def test_a_cloud_volume_is_made_before_the_update_and_nothing_on_it_ahead(world: World) -> None:
+    world.add(volume="ebs")
+    assert not world.preparation.prepare(world.work)
+    world.cloud.may_go_on.set()
+    until(lambda: world.preparation.prepare(world.work))
+    assert world.cloud.done == ["make 1"]
+    assert world.docker.made == []
+
+
+def test_a_delete_waits_for_the_cloud_volume_that_is_being_made_and_removes_it(world: World) -> None:
+    world.add(volume="ebs")
+    world.preparation.prepare(world.work)
+    assert world.cloud.begun.wait(10)
+    world.change(lambda r: lifecycle.wish_absent(r, force=False))
+    assert not world.preparation.prepare(world.work)
+    time.sleep(0.05)
+    assert world.cloud.done == []
+    world.cloud.may_go_on.set()
+    until(lambda: world.preparation.prepare(world.work))
+    assert world.cloud.done == ["make 1", "release 2"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import SecretStr
@@ -13,10 +14,10 @@ from provisioner import lifecycle
 from provisioner.changes import Changes
 from provisioner.cluster import Cluster
 from provisioner.docker_hosts.hosts import DockerHosts
-from provisioner.errors import Conflict, LedgerUnavailable
+from provisioner.errors import Conflict, LedgerUnavailable, NoCapacity
 from provisioner.images import ImageCatalogue
 from provisioner.ledger import Ledger
-from provisioner.ledger.records import InstanceRecord
+from provisioner.ledger.records import InstanceRecord, NodeStatus
 from provisioner.service import FULL_RESTORE, QUICK_START, InstanceService
 from provisioner.settings import Settings
 from provisioner.states import Status
@@ -85,3 +86,70 @@ def test_an_instance_being_repaired_is_not_taken_for_one_being_revived(
 def test_an_instance_that_comes_back_from_a_failed_dormancy_is_not_being_revived() -> None:
     record = make_record(generation=5, applied_generation=5, settled_generation=3, restore_generation=2)
     assert record.operation == "restarting"
+
+
+AWS = {"volume": "ebs", "cloud": {"instance_id": "i-a", "zone": "us-east-1a"}}
+FAR = {"volume": "ebs", "cloud": {"instance_id": "i-b", "zone": "eu-west-1a"}}
+
+
+def revive(ledger: Ledger, *, kept: str, nodes: list[dict[str, Any]]) -> InstanceRecord:
+    """Revive an instance that sleeps on the node `a`, in a cluster of these nodes, all online."""
+    cluster = Cluster(ClusterSpec.model_validate({"name": "unit", "nodes": nodes}))
+    ledger.nodes.sync(cluster.nodes)
+    for node in cluster.nodes:
+        ledger.nodes.observe(
+            node.id,
+            values={
+                "status": NodeStatus.ONLINE,
+                "memory_bytes": 8 << 30,
+                "cpu_cores": 4,
+                "disk_quota": node.id == "xfs",
+            },
+        )
+    ledger.instances.create(lambda _: (make_record(node_id="a", volume=kept, disk_enforced=True), "test"))
+    for wish in (
+        lambda r: lifecycle.wish_dormant(r, reason="test"),
+        lambda r: lifecycle.note_snapshot(r, generation=2, size_bytes=1, keep=1),
+        lambda r: lifecycle.note_dormant(r, generation=2),
+    ):
+        ledger.instances.change(ID, lambda r, _, wish=wish: wish(r))
+    service = InstanceService(
+        ledger,
+        cluster=cluster,
+        settings=Settings(),
+        catalogue=ImageCatalogue(cluster, hosts=DockerHosts()),
+        changes=Changes(),
+        port_free=lambda *_: True,
+    )
+    return service.revive(ID, method=QUICK_START)
+
+
+def test_a_home_in_the_cloud_is_revived_where_cloud_volumes_can_be_attached(ledger: Ledger) -> None:
+    nodes = [{"id": "plain"}, {"id": "b", **AWS}, {"id": "far", **FAR}, {"id": "a", **AWS}]
+    record = revive(ledger, kept="ebs", nodes=nodes)
+    assert record.node_id in ("a", "b")
+    assert (record.volume, record.disk_enforced) == ("ebs", True)
+
+
+def test_a_home_in_the_cloud_waits_for_a_node_of_its_region(ledger: Ledger) -> None:
+    with pytest.raises(NoCapacity, match="snapshot in the cloud"):
+        revive(ledger, kept="ebs", nodes=[{"id": "a"}, {"id": "b"}])
+
+
+def test_a_home_in_the_cloud_is_not_revived_in_another_region_or_on_a_disk(ledger: Ledger) -> None:
+    away = [{"id": "a", **AWS, "max_instances": 1}, {"id": "far", **FAR}, {"id": "plain"}]
+    ledger.instances.create(
+        lambda _: (make_record(id="mu-other", node_id="a", debug_port=22000, stream_port=22001), "test")
+    )
+    with pytest.raises(NoCapacity, match="No node has room now"):
+        revive(ledger, kept="ebs", nodes=away)
+
+
+@pytest.mark.parametrize(
+    ("node", "volume", "enforced"), [("plain", "docker", False), ("xfs", "docker", True), ("aws", "ebs", True)]
+)
+def test_whether_the_disk_limit_holds_is_the_new_nodes_affair(
+    ledger: Ledger, node: str, volume: str, enforced: bool
+) -> None:
+    record = revive(ledger, kept="docker", nodes=[{"id": node, **(AWS if volume == "ebs" else {})}])
+    assert (record.node_id, record.volume, record.disk_enforced) == (node, volume, enforced)

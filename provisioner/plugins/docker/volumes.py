@@ -59,7 +59,28 @@ class VolumeType(DockerResources, ResourceType):
                 detail=f"its labels: {live.get('Labels')}",
                 resolution="Rename or remove it; Machineuse takes no volume that it did not make.",
             )
+        device = (inputs.get("driverOpts") or {}).get("device")
+        if device is not None and (live.get("Options") or {}).get("device") != device:
+            live = self._point_elsewhere(host, live, inputs=inputs)
         return Created(id=name, outputs=read_outputs(live))
+
+    def _point_elsewhere(self, host: DockerHost, live: dict[str, Any], *, inputs: Properties) -> dict[str, Any]:
+        """Make the volume anew for another device: it only says what to mount, and nothing is lost with it."""
+        name = inputs["name"]
+        if "device" not in (live.get("Options") or {}):
+            raise DockerError(
+                f"The volume {name} on {host.url} has files of its own; it is not taken for one on a device.",
+                detail=f"its options: {live.get('Options')}",
+                resolution="Remove it by hand if they are not needed.",
+            )
+        remove_volume(host, name)
+        return ensure_volume(
+            host,
+            name,
+            labels=read_labels(inputs),
+            driver=inputs.get("driver"),
+            driver_opts=inputs.get("driverOpts"),
+        )
 
     def read(self, call: Call, *, id: str, inputs: Properties, outputs: Properties) -> Found | None:
         live = find_volume(self._host(call), id)
@@ -83,7 +104,8 @@ class VolumeType(DockerResources, ResourceType):
                 )
             remove_volume(host, id)
 
-        self._delete(call, kind="volume", name=id, outputs=outputs, remove=remove)
+        kind = "mount" if "device" in (outputs.get("driverOpts") or {}) else "volume"
+        self._delete(call, kind=kind, name=id, outputs=outputs, remove=remove)
 
 
 def read_outputs(live: dict[str, Any]) -> Properties:

@@ -1,4 +1,4 @@
-"""The `machineuse` package: `Snapshot`, `Restore` and `Claim`, resources that no other provider has."""
+"""The `machineuse` package: `Snapshot`, `Restore`, `CloudVolume` and `Claim`, resources that no other provider has."""
 
 from provisioner.plugins.machineuse.servicer import MachineusePlugin
 

@@ -50,6 +50,8 @@ class SnapshotInputs(EndpointInputs):
     helper_image: str
     stop_timeout_s: int = Field(default=10, ge=0)
     live: bool = False
+    cloud_region: str | None = None
+    """Where the home is on a cloud volume: its region."""
 
     @property
     def snapshot(self) -> SnapshotId:
@@ -70,6 +72,8 @@ class RestoreInputs(EndpointInputs):
     image: str
     helper_image: str
     copy_volume: str
+    cloud_volume: str | None = None
+    """The cloud volume that the home volume is on, where it is on one."""
 
     @property
     def snapshot(self) -> SnapshotId:
@@ -83,6 +87,22 @@ class NodeImageInputs(EndpointInputs):
     node_id: str
     image: str
     sources: tuple[EndpointInputs, ...] = ()
+
+
+class CloudVolumeInputs(EndpointInputs):
+    """Whose volume it is, where it has to be, and what it is made from."""
+
+    cluster: str
+    ledger_id: str
+    instance: str = Field(pattern=ID_PATTERN)
+    generation: int = Field(ge=0)
+    restored_generation: int = Field(ge=0)
+    name: str
+    node_id: str
+    machine: str
+    zone: str = Field(min_length=1)
+    size_gib: int = Field(ge=1)
+    helper_image: str
 
 
 class ClaimInputs(Inputs):

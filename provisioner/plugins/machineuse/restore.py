@@ -59,6 +59,7 @@ class RestoreType(ResourceType):
                 method=wanted.method,
                 volumes=Volumes(home=wanted.volume, copy=wanted.copy_volume, home_path=_ANY_HOME),
                 image=wanted.image,
+                home_restored=wanted.cloud_volume is not None,
             ),
             machine=self._machine(wanted),
             store=self._store,

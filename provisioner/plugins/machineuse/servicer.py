@@ -6,25 +6,35 @@ from typing import ClassVar
 
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.plugins.base import PluginServicer
-from provisioner.plugins.machineuse import claim, node_image, restore, snapshot
+from provisioner.plugins.machineuse import claim, cloud_volume, node_image, restore, snapshot
 from provisioner.plugins.policy import DeletePolicy
 from provisioner.snapshots.store import SnapshotStore
+from provisioner.volumes.cloud import Regions
 
 
 class MachineusePlugin(PluginServicer):
-    """Serves `Snapshot`, `Restore`, `NodeImage` and `Claim`."""
+    """Serves `Snapshot`, `Restore`, `CloudVolume`, `NodeImage` and `Claim`."""
 
     package: ClassVar[str] = "machineuse"
     version: ClassVar[str] = "0.1.0"
 
     def __init__(
-        self, *, store: SnapshotStore, hosts: DockerHosts, policy: DeletePolicy, engine_address: str = ""
+        self,
+        *,
+        store: SnapshotStore,
+        hosts: DockerHosts,
+        policy: DeletePolicy,
+        regions: Regions,
+        engine_address: str = "",
     ) -> None:
         super().__init__(
             {
-                snapshot.TYPE: snapshot.SnapshotType(store=store, hosts=hosts, policy=policy),
+                snapshot.TYPE: snapshot.SnapshotType(store=store, hosts=hosts, policy=policy, regions=regions),
                 restore.TYPE: restore.RestoreType(store=store, hosts=hosts, policy=policy),
                 node_image.TYPE: node_image.NodeImageType(hosts=hosts, policy=policy),
+                cloud_volume.TYPE: cloud_volume.CloudVolumeType(
+                    store=store, hosts=hosts, policy=policy, regions=regions
+                ),
                 claim.TYPE: claim.ClaimType(),
             },
             engine_address=engine_address,

@@ -6,13 +6,21 @@ gone: that is what it is for. Deleting it removes the quick copy, the image buil
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable
 from typing import ClassVar
 
 from provisioner.docker_hosts.archives import DockerMachine
 from provisioner.docker_hosts.hosts import DockerHosts
-from provisioner.errors import NodeUnreachable, SnapshotCorrupt, SnapshotKeyMissing, SnapshotMissing, StillWanted
+from provisioner.errors import (
+    CloudError,
+    NodeUnreachable,
+    SnapshotCorrupt,
+    SnapshotKeyMissing,
+    SnapshotMissing,
+    StillWanted,
+)
 from provisioner.plugins.machineuse.inputs import SnapshotInputs, check, differ, parse
 from provisioner.plugins.policy import DeleteDecision, DeletePolicy
 from provisioner.plugins.resources import Call, Checked, Created, Difference, Found, ResourceType
@@ -22,6 +30,9 @@ from provisioner.snapshots.machine import Volumes
 from provisioner.snapshots.manifest import Manifest
 from provisioner.snapshots.restore import restored_tag
 from provisioner.snapshots.store import SnapshotStore
+from provisioner.volumes.cloud import Owner, Regions
+from provisioner.volumes.cloud_snapshot import SnapshotWork
+from provisioner.volumes.devices import NodeDevices
 from stacks.names import CLUSTER_LABEL, INSTANCE_LABEL, LEDGER_LABEL, URN_LABEL
 
 TYPE = "machineuse:index:Snapshot"
@@ -32,10 +43,21 @@ class SnapshotType(ResourceType):
     """Takes, finds and removes snapshots."""
 
     computed: ClassVar[frozenset[str]] = frozenset(
-        {"manifestSha256", "bytes", "entries", "createdAt", "parts", "stoppedCleanly", "quickCopy", "quickCopyError"}
+        {
+            "manifestSha256",
+            "bytes",
+            "entries",
+            "createdAt",
+            "parts",
+            "stoppedCleanly",
+            "quickCopy",
+            "quickCopyError",
+            "cloudSnapshot",
+        }
     )
 
-    def __init__(self, *, store: SnapshotStore, hosts: DockerHosts, policy: DeletePolicy) -> None:
+    def __init__(self, *, store: SnapshotStore, hosts: DockerHosts, policy: DeletePolicy, regions: Regions) -> None:
+        self._regions = regions
         self._store = store
         self._hosts = hosts
         self._policy = policy
@@ -76,6 +98,7 @@ class SnapshotType(ResourceType):
             machine=self._machine(wanted),
             store=self._store,
             progress=call.progress,
+            home_keeper=self._cloud_home(wanted, region=wanted.cloud_region, urn=call.urn),
         ).run()
         if result.copy_error is not None:
             call.warn(f"Snapshot {wanted.snapshot} is whole, but the node kept no quick copy: {result.copy_error}")
@@ -105,7 +128,9 @@ class SnapshotType(ResourceType):
         return old_outputs | news
 
     def delete(self, call: Call, *, id: str, inputs: Properties, outputs: Properties) -> None:
-        """Remove the quick copy, the restored image and the archive; of a node that left the cluster, the archive only.
+        """Remove the quick copy, the restored image, the cloud's snapshot and the archive.
+
+        Of a node that left the cluster, only what is elsewhere.
 
         Raises:
             StillWanted: the policy says no.
@@ -126,6 +151,12 @@ class SnapshotType(ResourceType):
             raise StillWanted(decision.reason)
         if gone.docker_host:
             self._clear_node(call, gone, decision=decision)
+        try:
+            self._delete_cloud_home(gone, urn=call.urn)
+        except CloudError as error:
+            if not decision.force:
+                raise
+            call.warn(f"{error.message} The cloud's snapshot of {gone.snapshot} is left; it is removed later.")
         self._store.delete(gone.snapshot)
 
     def _clear_node(self, call: Call, gone: SnapshotInputs, *, decision: DeleteDecision) -> None:
@@ -144,6 +175,28 @@ class SnapshotType(ResourceType):
                     raise
                 self._policy.note_leftover(urn=call.urn, host=gone.docker_host, name=name)
                 call.warn(f"{name} is left on node {gone.node_id}, which does not answer; it is removed later.")
+
+    def _delete_cloud_home(self, gone: SnapshotInputs, *, urn: str) -> None:
+        home = None
+        with contextlib.suppress(SnapshotMissing, SnapshotCorrupt, SnapshotKeyMissing):
+            home = self._store.read_manifest(gone.snapshot).cloud_home
+        keeper = self._cloud_home(gone, region=home.region if home is not None else gone.cloud_region, urn=urn)
+        if keeper is not None:
+            keeper.discard()
+
+    def _cloud_home(self, inputs: SnapshotInputs, *, region: str | None, urn: str) -> SnapshotWork | None:
+        if region is None:
+            return None
+        owner = Owner(cluster=inputs.cluster, ledger_id=inputs.ledger_id, instance=inputs.instance, urn=urn)
+        devices = None  # of a node that left the cluster
+        if inputs.docker_host:
+            devices = NodeDevices(
+                inputs.host(self._hosts),
+                helper_image=inputs.helper_image,
+                name=inputs.volume,
+                labels=owner.all_tags,
+            )
+        return SnapshotWork(cloud=self._regions.of(region), owner=owner, generation=inputs.generation, devices=devices)
 
     def _machine(self, inputs: SnapshotInputs) -> DockerMachine:
         return DockerMachine(
@@ -169,7 +222,8 @@ def _outputs(inputs: Properties, result: CaptureResult) -> Properties:
     return inputs | {
         "manifestSha256": hashlib.sha256(manifest.to_json()).hexdigest(),
         "bytes": manifest.stored_bytes,
-        "entries": manifest.home.entries,
+        "entries": manifest.home.entries if manifest.cloud_home is None else 0,
+        "cloudSnapshot": manifest.cloud_home.snapshot_id if manifest.cloud_home is not None else None,
         "createdAt": manifest.created_at.isoformat(),
         "parts": _parts(manifest),
         "stoppedCleanly": manifest.stopped_cleanly,

@@ -25,6 +25,7 @@ from provisioner.snapshots.keyfile import KeyFile
 from provisioner.snapshots.manifest import ImageIdentity, Manifest, Part, PartName, SnapshotId
 from provisioner.snapshots.sealing import Sealing
 from provisioner.snapshots.tars import write_part
+from provisioner.volumes.ec2 import Ec2Options, Ec2Regions
 
 DEAD_NODE = "tcp://127.0.0.1:1"
 SNAPSHOT = SnapshotId(instance_id="mu-1", generation=2)
@@ -98,7 +99,9 @@ def make_manifest(part: Part) -> Manifest:
 
 def snapshots(store: DirectoryStore, decision: DeleteDecision) -> tuple[SnapshotType, Policy]:
     policy = Policy(decision)
-    return SnapshotType(store=store, hosts=DockerHosts(timeout_s=1), policy=policy), policy
+    return SnapshotType(
+        store=store, hosts=DockerHosts(timeout_s=1), policy=policy, regions=Ec2Regions(Ec2Options())
+    ), policy
 
 
 def test_what_was_recorded_before_snapshots_could_be_live_stays_as_it_is(store: DirectoryStore, call: Call) -> None:

@@ -273,6 +273,8 @@ class _Troubled:
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._target, name)
+        if not callable(method):
+            return method
 
         def called(*args: Any, **kwargs: Any) -> Any:
             result = self._trouble.around(name, lambda: method(*args, **kwargs))

@@ -18,6 +18,7 @@ def upgrade() -> None:
     op.add_column("instances", sa.Column("volume", sa.String(length=16), server_default="docker", nullable=False))
     op.add_column("instances", sa.Column("moving", sa.String(length=16), nullable=True))
     op.add_column("snapshots", sa.Column("live", sa.Boolean(), server_default=sa.false(), nullable=False))
+    op.add_column("snapshots", sa.Column("volume", sa.String(length=16), server_default="docker", nullable=False))
     op.add_column("nodes", sa.Column("offline_since", sa.Float(), nullable=True))
     op.add_column("nodes", sa.Column("availability", sa.String(length=16), server_default="active", nullable=False))
     op.add_column("nodes", sa.Column("labels", sa.JSON(), server_default="{}", nullable=False))
@@ -76,7 +77,7 @@ def downgrade() -> None:
     op.drop_table("node_images")
     for table, names in (
         ("nodes", ("labels", "availability", "offline_since")),
-        ("snapshots", ("live",)),
+        ("snapshots", ("volume", "live")),
         ("instances", ("moving", "volume", "node_labels")),
     ):
         with op.batch_alter_table(table) as batch:
