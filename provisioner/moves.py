@@ -56,9 +56,9 @@ class Mover:
                 self._try(record, self._service.revive_elsewhere)
         if any(record.moving is Moving.DRAIN for record in moving):
             return
-        for spec in self._cluster.nodes:
-            if spec.availability is Availability.DRAINING and nodes[spec.id].status is NodeStatus.ONLINE:
-                self._drain_one(spec.id)
+        for node_id in [spec.id for spec in self._cluster.nodes if spec.availability is Availability.DRAINING]:
+            if node_id in nodes and nodes[node_id].status is NodeStatus.ONLINE:
+                self._drain_one(node_id)
 
     def _leave_lost_node(self, node: NodeRecord) -> None:
         policy = self._cluster.spec.offline

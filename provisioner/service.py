@@ -227,6 +227,7 @@ class InstanceService:
             disk_gb=record.disk_gb,
             ports=2 if record.browser else 0,
             labels=record.node_labels,
+            volume="ebs" if taken is not None and taken.volume == "ebs" else None,
             node_preference=node_preference,
             strict=strict,
             home_node=taken.node_id if taken is not None else record.node_id,

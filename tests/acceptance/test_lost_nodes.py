@@ -127,3 +127,24 @@ def test_an_instance_of_a_lost_node_runs_elsewhere_and_only_there(
         assert service.delete(instance["id"]).status_code == 200
     with pytest.raises(docker.errors.NotFound):
         run(other, service, moved["id"], "true")
+
+
+def test_a_sleeper_of_a_lost_node_wakes_elsewhere_and_says_how(service: Service, engines: Mapping[str, Engine]) -> None:
+    sleeper = service.create(config=SMALL, node_preference="a")
+    run(engines["a"], service, sleeper["id"], "sh", "-c", f"echo kept > {NOTE}")
+    assert service.post(f"{sleeper['id']}/dormant").json()["status"] == "dormant"
+    engines["a"].kill()
+    try:
+        await_node(service, "a", "offline")
+        woken = service.post(f"{sleeper['id']}/revive", method="quick_start").json()
+        assert (woken["status"], woken["node_id"], woken["restored_by"]) == ("running", "b", "full_restore"), woken
+        assert "no copy" in woken["restore_note"]
+        assert woken["restore_note"] in events_of(service, sleeper["id"])["restored"]
+        assert run(engines["b"], service, sleeper["id"], "cat", NOTE) == "kept\n"
+        assert service.delete(sleeper["id"]).status_code == 200
+    finally:
+        engines["a"].start()
+    await_node(service, "a", "online")
+    wait_until(
+        lambda: names_on(engines["a"], service=service, instance_id=sleeper["id"]) == [], what="its copy is gone too"
+    )
