@@ -130,7 +130,7 @@ def fill_ledger(ledger: Ledger, simulation: Simulation, placed: Sequence[tuple[N
         row = {column.name: getattr(record, column.name) for column in tables.instances.columns}
         instances.append(row | {"status": record.status.value, "wanted": record.wanted.value})
         ports += [{"node_id": record.node_id, "port": port, "instance_id": record.id} for port in place.ports]
-    engine = sa.create_engine(f"sqlite:///{ledger.path}")
+    engine = sa.create_engine(f"sqlite:///{ledger.location}")
     with engine.begin() as connection:
         for state in simulation.states:
             values = state._asdict() | {"status": NodeStatus.ONLINE.value}
