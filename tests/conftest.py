@@ -49,6 +49,8 @@ def start_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartSer
         return service
 
     yield start
+    for service in started:  # all of them first: another of the same cluster would make anew what one cleans up
+        service.end_if_running()
     for service in started:
         service.clean_up()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Page, Playwright, sync_playwright
+from playwright.sync_api import Page, Playwright, TimeoutError, sync_playwright
 
 from provisioner.docker_hosts import archives
 from provisioner.docker_hosts.hosts import DockerHost
@@ -82,7 +82,11 @@ def start_browser(node: Node, name: str, *, volume: str) -> str:
 
 
 def open_page(playwright: Playwright, address: str) -> Page:
-    page = playwright.chromium.connect_over_cdp(address).contexts[0].new_page()
+    try:
+        browser = playwright.chromium.connect_over_cdp(address, timeout=10_000)
+    except TimeoutError:  # about one first connection in twenty hangs after the WebSocket is open; nobody knows why
+        browser = playwright.chromium.connect_over_cdp(address)
+    page = browser.contexts[0].new_page()
     page.route(f"{PAGE}**", lambda route: route.fulfill(body=COUNTER, content_type="text/html"))
     page.goto(PAGE)
     return page

@@ -123,14 +123,18 @@ class Service:
             self._process.send_signal(how)
         return self._process.wait(timeout=60)
 
+    def end_if_running(self) -> None:
+        """Kill it, if it has been started and not ended yet."""
+        if self._process is not None and self._process.poll() is None:
+            self.kill()
+
     def log(self) -> str:
         """Return what it printed so far."""
         return self.log_path.read_text(errors="replace")
 
     def clean_up(self) -> None:
         """Stop it and remove every container, volume, network and image that is labelled with its cluster."""
-        if self._process is not None and self._process.poll() is None:
-            self.kill()
+        self.end_if_running()
         self.http.close()
         mine = {"label": f"machineuse.cluster={self.cluster}"}
         for container in self.docker.containers.list(all=True, filters=mine, ignore_removed=True):
