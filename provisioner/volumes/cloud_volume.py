@@ -33,7 +33,7 @@ from provisioner.volumes.cloud import (
     VolumeBusy,
     VolumeState,
 )
-from provisioner.volumes.devices import DeviceName, Devices
+from provisioner.volumes.devices import Devices
 from provisioner.volumes.waiting import Patience
 
 log = structlog.get_logger(__name__)
@@ -105,9 +105,7 @@ class VolumeWork:
         started = time.monotonic()
         volume = self.ensure_volume(request)
         volume = self.ensure_attached(volume, request)
-        assert volume.attachment is not None
-        name = DeviceName(volume_id=volume.id, asked_for=volume.attachment.device, size_gib=volume.size_gib)
-        device = devices.find(name, timeout_s=self._patience.device_s)
+        device = devices.find(volume.id, size_gib=volume.size_gib, timeout_s=self._patience.device_s)
         self.ensure_prepared(volume, device, request=request, devices=devices)
         log.info(
             "cloud volume ready",
