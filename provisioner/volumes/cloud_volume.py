@@ -210,7 +210,7 @@ class VolumeWork:
         if volume.attachment is not None and volume.attachment.machine != request.machine:
             self._take_from(volume, request)
             volume = self._await_detached(volume.id)
-        if volume.attachment is not None and volume.attachment.state == "detaching":
+        if volume.attachment is not None and volume.attachment.leaving:
             volume = self._await_detached(volume.id)  # cut off there, before
         if volume.attachment is None:
             self._progress(f"attaching volume {volume.id}")

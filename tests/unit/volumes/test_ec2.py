@@ -165,16 +165,21 @@ def test_a_refusal_to_attach_is_told_apart(
     [
         ("InvalidVolume.ZoneMismatch", "cloud.zone"),
         ("UnauthorizedOperation", "docs/cloud-volumes.md"),
-        ("ExpiredToken", "docs/cloud-volumes.md"),
+        ("ExpiredToken", "Renew"),
+        ("RequestExpired", "clock"),
         ("VolumeLimitExceeded", "quota"),
+        ("InsufficientVolumeCapacity", "another zone"),
+        ("SnapshotCreationPerVolumeRateExceeded", "Wait"),
         ("AttachmentLimitExceeded", "max_instances"),
         ("RequestLimitExceeded", "Wait"),
     ],
 )
-def test_what_somebody_can_do_about_it_is_said(ec2: Ec2, stub: Stubber, code: str, advice: str) -> None:
+def test_what_somebody_can_do_about_it_is_said_in_one_line(ec2: Ec2, stub: Stubber, code: str, advice: str) -> None:
     stub.add_client_error("attach_volume", code, "No.")
     with pytest.raises(CloudError) as raised:
         ec2.attach("vol-1", machine="i-a", device="/dev/sdf")
+    assert raised.value.message.startswith("EC2 in us-east-1 could not attach volume vol-1 to i-a: ")
+    assert "\n" not in raised.value.message
     assert advice in (raised.value.resolution or "")
     assert code in (raised.value.detail or "")
 
@@ -199,10 +204,17 @@ def test_what_is_not_attached_is_detached(ec2: Ec2, stub: Stubber) -> None:
 
 
 def test_a_detach_that_is_refused_is_told(ec2: Ec2, stub: Stubber) -> None:
-    stub.add_client_error("detach_volume", "IncorrectState", "vol-1 is busy")
-    describes(stub, "in-use", **attached("i-a", "busy"))
+    stub.add_client_error("detach_volume", "IncorrectState", "vol-1 is attaching")
+    describes(stub, "in-use", **attached("i-a", "attaching"))
     with pytest.raises(VolumeBusy):
         ec2.detach("vol-1", machine="i-a", force=False)
+
+
+@pytest.mark.parametrize("state", ["detaching", "busy"])
+def test_what_is_being_detached_need_not_be_detached_again(ec2: Ec2, stub: Stubber, state: str) -> None:
+    stub.add_client_error("detach_volume", "IncorrectState", f"Volume 'vol-1' is in the '{state}' state.")
+    describes(stub, "in-use", **attached("i-a", state))
+    ec2.detach("vol-1", machine="i-a", force=False)
 
 
 def test_the_machine_tells_its_zone(ec2: Ec2, stub: Stubber) -> None:
@@ -230,6 +242,13 @@ def test_without_keys_it_says_where_they_belong(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("AWS_CONFIG_FILE", "/nowhere")
     with pytest.raises(CloudError, match="no credentials"):
         Ec2Regions(Ec2Options(endpoint="http://127.0.0.1:1")).of("us-east-1").find_volumes({})
+
+
+def test_a_profile_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(CloudError, match="nobody") as raised:
+        Ec2Regions(Ec2Options()).of("us-east-1")
+    assert "AWS_PROFILE" in (raised.value.resolution or "")
 
 
 def test_a_region_has_one_client() -> None:
