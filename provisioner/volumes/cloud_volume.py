@@ -267,12 +267,16 @@ class VolumeWork:
         devices.prepare(device, volume_id=volume.id, blank=request.life == 0 or request.snapshot_id() is None)
         self._cloud.tag(volume.id, {PREPARED_TAG: "true"})
 
-    def release(self, owner: Owner, *, force: bool = False) -> int:
+    def release(self, owner: Owner, *, force: bool = False, allowed: Callable[[], bool] = lambda: True) -> int:
         """Detach and delete every volume of an instance, whatever is on it; return how many there were. Idempotent.
 
-        Nothing may use them any more. With `force` a machine that does not let go is not waited for.
+        Nothing may use them any more. `allowed` is asked once they are known: what it lets go was there before it was
+        asked, so a volume that is made for a later wish is not among them, however long this was held up. With `force`
+        a machine that does not let go is not waited for.
         """
         volumes = self._find(owner)
+        if not allowed():
+            return 0
         for volume in volumes:
             self._remove(volume, force=force)
         return len(volumes)

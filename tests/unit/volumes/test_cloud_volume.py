@@ -118,6 +118,21 @@ def test_a_removal_that_is_cut_off_is_finished_by_the_next(*, after: bool) -> No
     assert calls >= 4
 
 
+def test_a_volume_that_a_later_wish_made_meanwhile_is_not_released(cloud: FakeCloud) -> None:
+    earlier = work(cloud).ensure(REQUEST, devices=FakeDevices(cloud, "i-a"))
+    later: list[str] = []
+
+    def be_asked_late() -> bool:
+        later.append(add_volume(cloud, life=2, prepared=True))
+        return True
+
+    assert work(cloud).release(OWNER, allowed=be_asked_late) == 1
+    assert len(later) == 1
+    assert [volume.id for volume in cloud.volumes] == later != [earlier.id]
+    assert work(cloud).release(OWNER, allowed=lambda: False) == 0
+    assert [volume.id for volume in cloud.volumes] == later
+
+
 def test_a_volume_of_a_new_wish_is_never_the_one_that_was_removed(cloud: FakeCloud) -> None:
     devices = FakeDevices(cloud, "i-a")
     first = work(cloud).ensure(REQUEST, devices=devices)
