@@ -163,6 +163,7 @@ class VolumeWork:
         return rank[0] if rank else None
 
     def _create(self, request: VolumeRequest) -> Volume:
+        self._check_machine(request)
         source = request.snapshot_id()
         tags = request.owner.all_tags | {
             GENERATION_TAG: str(request.generation),
@@ -204,6 +205,22 @@ class VolumeWork:
             f"No volume of {request.size_gib} GiB could be made in {request.zone}: {TOKENS} of them failed.",
             resolution="Look into the cloud's console: quota, zone, and the key that volumes are encrypted with.",
         )
+
+    def _check_machine(self, request: VolumeRequest) -> None:
+        """Raise CloudError for a machine that is elsewhere, before there is a volume that could not be attached."""
+        resolution = "Correct cloud.instance_id and cloud.zone of the node in the cluster's file."
+        try:
+            machine = self._cloud.describe_machine(request.machine)
+        except CloudMissing as error:
+            raise CloudError(
+                f"There is no machine {request.machine} in {self._cloud.region}.",
+                detail=error.detail,
+                resolution=resolution,
+            ) from error
+        if machine.zone != request.zone:
+            raise CloudError(
+                f"Machine {machine.id} is in {machine.zone}, and its node says {request.zone}.", resolution=resolution
+            )
 
     def ensure_attached(self, volume: Volume, request: VolumeRequest) -> Volume:
         """Attach a volume to its node's machine; takes it from another one only if that does not run any more."""

@@ -288,10 +288,22 @@ def test_an_attachment_takes_the_next_name_that_is_free(cloud: FakeCloud) -> Non
     assert {v.attachment.device for v in cloud.volumes if v.attachment} == {"/dev/sdf", "/dev/sdg"}
 
 
-def test_the_wrong_zone_is_told_and_nothing_is_attached(cloud: FakeCloud) -> None:
+@pytest.mark.parametrize(
+    ("machine", "said"),
+    [("i-far", "Machine i-far is in us-east-1b, and its node says us-east-1a"), ("i-none", "no machine i-none in us-")],
+)
+def test_a_machine_that_is_elsewhere_is_told_of_and_no_volume_is_made(
+    cloud: FakeCloud, machine: str, said: str
+) -> None:
+    with pytest.raises(CloudError, match=said):
+        work(cloud).ensure(replace(REQUEST, machine=machine), devices=FakeDevices(cloud, machine))
+    assert cloud.volumes == []
+
+
+def test_a_half_made_volume_in_the_wrong_zone_is_told_and_goes_once_that_is_corrected(cloud: FakeCloud) -> None:
+    add_volume(cloud)
     with pytest.raises(CloudError, match="different zones"):
         work(cloud).ensure(replace(REQUEST, machine="i-far"), devices=FakeDevices(cloud, "i-far"))
-    # Corrected in the cluster's file, by the same wish: the volume in the wrong zone goes.
     corrected = replace(REQUEST, machine="i-far", zone="us-east-1b")
     ready = work(cloud).ensure(corrected, devices=FakeDevices(cloud, "i-far"))
     assert [(v.id, v.zone) for v in cloud.volumes] == [(ready.id, "us-east-1b")]
