@@ -263,12 +263,12 @@ def test_a_volume_starts_blank_only_where_nothing_is_to_be_restored_from_the_clo
     assert find_source(store, instance=ID, generation=2, region="us-east-1") is None
 
 
-def commit(store: DirectoryStore, *, home: CloudHome | None) -> None:
-    store.begin(SnapshotId(instance_id=ID, generation=2)).commit(
+def commit(store: DirectoryStore, *, home: CloudHome | None, generation: int = 2) -> None:
+    store.begin(SnapshotId(instance_id=ID, generation=generation)).commit(
         Manifest(
             instance_id=ID,
             cluster="unit",
-            generation=2,
+            generation=generation,
             created_at=datetime(2026, 1, 1, tzinfo=UTC),
             node_id="local",
             image=ImageIdentity(reference="browser", id="sha256:1"),
