@@ -50,14 +50,18 @@ esac
 if [ "$code" = 2 ]; then
     [ "$blank" = yes ] || { echo "there is no file system on it"; exit 5; }
     mkfs.ext4 -q -F -m 0 -E root_owner=1000:1000,lazy_itable_init=1 "$device" 2>&1 || exit 1
-    # An empty volume gets what the image has in its home, like any volume of Docker's.
-    debugfs -w -R 'rmdir /lost+found' "$device" > /dev/null 2>&1
-    exit 0
+else
+    [ "$type" = ext4 ] || {
+        echo "there is something else on it: ${type:-$(printf '%s' "$found" | tr '\n' ' ')}"
+        exit 4
+    }
+    [ "$check" = yes ] || exit 0
+    e2fsck -f -p "$device" 2>&1; [ $? -lt 4 ] || exit 6
+    resize2fs "$device" 2>&1 || exit 6
 fi
-[ "$type" = ext4 ] || { echo "there is something else on it: ${type:-$(printf '%s' "$found" | tr '\n' ' ')}"; exit 4; }
-[ "$check" = yes ] || exit 0
-e2fsck -f -p "$device" 2>&1; [ $? -lt 4 ] || exit 6
-resize2fs "$device" 2>&1 || exit 6
+# An empty volume gets what the image has in its home, like any volume of Docker's.
+[ "$blank" = no ] || debugfs -w -R 'rmdir /lost+found' "$device" > /dev/null 2>&1
+exit 0
 """
 
 _SETTLE = r"""

@@ -139,6 +139,12 @@ def test_an_empty_volume_is_formatted_once_and_mounted_by_docker(disk: Disk, dev
         client.close()
 
 
+def test_a_format_that_was_cut_off_leaves_a_volume_as_empty_as_any(disk: Disk, devices: NodeDevices) -> None:
+    run("mkfs.ext4", "-q", "-E", "root_owner=1000:1000", disk.device)
+    devices.prepare(str(disk.link), volume_id=disk.volume_id, blank=True)
+    assert "lost+found" not in run("debugfs", "-R", "ls -p /", disk.device)
+
+
 def test_a_file_system_grows_to_its_volume(disk: Disk, devices: NodeDevices) -> None:
     devices.prepare(str(disk.link), volume_id=disk.volume_id, blank=True)
     disk.resize(2 << 30)
