@@ -51,6 +51,8 @@ log = structlog.get_logger(__name__)
 WORKERS = 4
 """Slow preparations side by side on one node; each node has its own, so that one that hangs holds up no other."""
 QUICK_WORKERS = 8
+CLOUD_WORKERS = 32
+"""Where homes are on cloud volumes: no machine takes more of those, and most of it is waiting for the cloud."""
 IMAGE_KNOWN_S = 60.0
 """How long an image that was seen on a node is taken to be there."""
 KILL_WAIT_S = 3.0
@@ -86,6 +88,10 @@ class Preparation:
         self._supply = ImageSupply(ledger, cluster=cluster, hosts=hosts)
         self._pools: defaultdict[str, ThreadPoolExecutor] = defaultdict(
             lambda: ThreadPoolExecutor(max_workers=WORKERS, thread_name_prefix="machineuse-preparation")
+        )
+        # A snapshot in the cloud takes minutes that nobody works on: no other instance waits for those.
+        self._cloud_pools: defaultdict[str, ThreadPoolExecutor] = defaultdict(
+            lambda: ThreadPoolExecutor(max_workers=CLOUD_WORKERS, thread_name_prefix="machineuse-cloud")
         )
         # What takes a moment never queues behind gigabytes.
         self._quick_pools: defaultdict[str, ThreadPoolExecutor] = defaultdict(
@@ -123,10 +129,11 @@ class Preparation:
         if job is None:
             return True
         key = (work.record.id, work.record.generation, work.step)
+        pools = self._cloud_pools if work.record.volume == EBS else self._pools
         with self._lock:
             future = self._jobs.get(key)
             if future is None:
-                future = self._jobs[key] = self._pools[work.record.node_id].submit(job, work.record)
+                future = self._jobs[key] = pools[work.record.node_id].submit(job, work.record)
                 future.add_done_callback(lambda _: self._changes.work.set())
             if not future.done():
                 return False
@@ -238,7 +245,7 @@ class Preparation:
     def close(self) -> None:
         """Start nothing more; what runs is found again after a restart."""
         self._cloud.close()
-        for pool in (*self._pools.values(), *self._quick_pools.values()):
+        for pool in (*self._pools.values(), *self._cloud_pools.values(), *self._quick_pools.values()):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _is_capturing(self, record: InstanceRecord) -> bool:

@@ -5,6 +5,7 @@ nothing: it is told of once, in an event and the log, and looked at again. What 
 
 - A node is gone from the file, but an instance has its container there. (Drain the node first.)
 - A node that has instances gets another `host`, and behind that is another engine: one that lacks their homes.
+- A node that has instances on cloud volumes is no cloud machine any more.
 
 What is taken over, in this order; a crash between any two is made good by the full update of the next start:
 
@@ -91,7 +92,9 @@ class Reload:
         """Give the ledger the file's nodes. Raises Conflict for what `step` would refuse."""
         known = {node.id: node.host for node in self._ledger.nodes.list()}
         moved = [node for node in self._cluster.nodes if known.get(node.id, node.host) != node.host]
-        self._emptying = not self._check(gone=known.keys() - {node.id for node in self._cluster.nodes}, moved=moved)
+        self._emptying = not self._check(
+            gone=known.keys() - {node.id for node in self._cluster.nodes}, moved=moved, nodes=self._cluster.nodes
+        )
         self._ledger.nodes.sync(self._cluster.nodes)
 
     def apply_all(self, engine: Engine) -> None:
@@ -151,7 +154,7 @@ class Reload:
         gone = [node for node in old.nodes if spec.node(node.id) is None]
         changed = [(node, now) for node in old.nodes if (now := spec.node(node.id)) is not None and now != node]
         moved = [now for was, now in changed if was.host != now.host]
-        if not self._check(gone=[node.id for node in gone], moved=moved):
+        if not self._check(gone=[node.id for node in gone], moved=moved, nodes=spec.nodes):
             return False
         if added:
             self._join_stack(added, spec=spec, engine=engine)
@@ -171,8 +174,11 @@ class Reload:
         self._next_update.forget()
         return True
 
-    def _check(self, *, gone: Iterable[str], moved: Iterable[NodeSpec]) -> bool:
-        """Return whether this may be taken over now; False while something leaves by itself. Raises Conflict."""
+    def _check(self, *, gone: Iterable[str], moved: Iterable[NodeSpec], nodes: Iterable[NodeSpec]) -> bool:
+        """Return whether these `nodes` may be taken over now; False while something leaves by itself.
+
+        Raises Conflict.
+        """
         records = self._ledger.instances.all()
         leaving = False
         for node_id in sorted(gone):
@@ -186,6 +192,14 @@ class Reload:
                 )
             leaving |= bool(there)
         self._refuse_other_engines(moved, records=records)
+        for node in nodes:
+            homes = [r.id for r in records if r.node_id == node.id and r.body and r.volume == "ebs"]
+            if homes and node.cloud is None:
+                raise Conflict(
+                    f"Node '{node.id}' has no `cloud` any more, but {_count(homes)} on cloud volumes there.",
+                    resolution=f"Put its instance_id and zone back, drain it (`machineuse node drain {node.id}`), then"
+                    " change it.",
+                )
         return not leaving
 
     def _refuse_other_engines(self, nodes: Iterable[NodeSpec], *, records: Iterable[InstanceRecord]) -> None:

@@ -183,9 +183,20 @@ def test_a_service_that_is_killed_goes_on_with_the_same_volume_and_snapshot(
     assert [s["SnapshotId"] for s in snapshots_of(emulator, cloudy)] == [snapshot["SnapshotId"]]
     assert volumes_of(emulator, cloudy) == []
 
-    assert cloudy.post(f"{instance['id']}/revive").json()["status"] == "running"
+    cloudy.post(f"{instance['id']}/revive", wait_s=0)
+    until(lambda: len(volumes_of(emulator, cloudy)) == 1)
+    cloudy.kill()
+    (second,) = volumes_of(emulator, cloudy)
+    cloudy.start()
+    cloudy.wait_for(instance["id"], "running", timeout_s=60)
+    assert [v["VolumeId"] for v in volumes_of(emulator, cloudy)] == [second["VolumeId"]] != [volume["VolumeId"]]
     assert run_in(cloudy, instance, "cat ~/notes") == (0, "kept\n")
-    assert cloudy.delete(instance["id"]).status_code == 200
+
+    cloudy.delete(instance["id"], wait_s=0)
+    until(lambda: not any(v["Attachments"] for v in volumes_of(emulator, cloudy)))
+    cloudy.kill()
+    cloudy.start()
+    until(lambda: cloudy.http.get(f"/v2/instances/{instance['id']}").status_code == 404)
     assert (volumes_of(emulator, cloudy), snapshots_of(emulator, cloudy)) == ([], [])
     until(lambda: not disks.devices)
     assert disks.failures == []

@@ -50,12 +50,14 @@ class FakeCloudPreparation:
 
     def __init__(self) -> None:
         self.done: list[str] = []
+        self.asked: list[str] = []
         self.begun = threading.Event()
         self.may_go_on = threading.Event()
 
     def make_volume(self, record: InstanceRecord) -> None:
+        self.asked.append(record.id)
         self.begun.set()
-        assert self.may_go_on.wait(10)
+        assert self.may_go_on.wait(30)
         self.done.append(f"make {record.generation}")
 
     def release(self, record: InstanceRecord) -> None:
@@ -178,6 +180,16 @@ def test_a_cloud_volume_is_made_before_the_update_and_nothing_on_it_ahead(world:
     until(lambda: world.preparation.prepare(world.work))
     assert world.cloud.done == ["make 1"]
     assert world.docker.made == []
+
+
+def test_nobody_waits_for_what_others_wait_for_in_the_cloud(world: World) -> None:
+    ids = [f"mu-{number}" for number in range(2 * preparation.WORKERS)]
+    for number, instance_id in enumerate(ids):
+        ports = {"debug_port": 22000 + 2 * number, "stream_port": 22001 + 2 * number}
+        work = plan(world.add(id=instance_id, volume="ebs", **ports), names=NAMES)
+        assert work is not None
+        assert not world.preparation.prepare(work)
+    until(lambda: sorted(world.cloud.asked) == ids)
 
 
 def test_a_delete_waits_for_the_cloud_volume_that_is_being_made_and_removes_it(world: World) -> None:

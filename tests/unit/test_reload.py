@@ -232,6 +232,19 @@ def test_another_host_for_a_node_with_instances_needs_an_answer(two: Cell) -> No
     assert two.cluster.spec.node("b").host == "unix:///nobody/b"  # type: ignore[union-attr]
 
 
+def test_a_node_with_homes_on_cloud_volumes_stays_a_cloud_machine(tmp_path: Path) -> None:
+    aws = AB.replace("b'}", "b', volume: ebs, cloud: {instance_id: i-b, zone: us-east-1a}}")
+    cell = Cell(tmp_path, text=aws)
+    cell.add(volume="ebs")
+    cell.write(AB)
+    (said,) = cell.events("cluster_file_refused")
+    assert "Node 'b' has no `cloud` any more, but instance mu-b is on cloud volumes there" in said
+    assert cell.cluster.spec.nodes[1].cloud is not None
+    cell.write(aws.replace("volume: ebs, ", ""))  # what comes from now on is on its disk
+    assert cell.cluster.spec.nodes[1].volume == "docker"
+    cell.ledger.close()
+
+
 def test_a_service_does_not_start_on_another_engine_either(two: Cell) -> None:
     two.add()
     two.path.write_text(AB.replace("nobody/b", "nobody/c"))

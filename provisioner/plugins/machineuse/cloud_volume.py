@@ -11,7 +11,7 @@ from typing import ClassVar
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.errors import CloudConflict, CloudError, CloudMissing, InvalidRequest, StillWanted
 from provisioner.plugins.machineuse.inputs import CloudVolumeInputs, check, parse
-from provisioner.plugins.policy import DeletePolicy
+from provisioner.plugins.policy import DeleteDecision, DeletePolicy
 from provisioner.plugins.resources import Call, Checked, Created, Difference, Found, ResourceType
 from provisioner.plugins.values import Properties
 from provisioner.snapshots.manifest import SnapshotId
@@ -106,14 +106,18 @@ class CloudVolumeType(ResourceType):
         """
         gone = parse(CloudVolumeInputs, outputs | inputs)
         owner = _owner(gone, urn=call.urn)
-        decision = self._policy.check_delete(
-            urn=call.urn, labels=owner.all_tags, kind="cloud_volume", replacing=call.replacing
-        )
+
+        def ask() -> DeleteDecision:
+            return self._policy.check_delete(
+                urn=call.urn, labels=owner.all_tags, kind="cloud_volume", replacing=call.replacing
+            )
+
+        decision = ask()
         if not decision.allowed:
             raise StillWanted(decision.reason or f"Volume {id} is still wanted.", detail=f"{URN_LABEL}={call.urn}")
         try:
             work = VolumeWork(self._regions.of(_region(gone)), progress=call.progress)
-            work.release(owner, force=decision.force)
+            work.release(owner, force=decision.force, allowed=lambda: ask().allowed)
             work.remove(id)
         except CloudError as error:
             if not decision.force:
