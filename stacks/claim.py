@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pulumi
 
-CLAIM_TYPE = "machineuse:index:Claim"
+from stacks.names import CLAIM_TYPE
 
 
 class Claim(pulumi.CustomResource):
