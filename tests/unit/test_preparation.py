@@ -26,6 +26,7 @@ from provisioner.states import Status
 from stacks.names import Names
 from stacks.spec import ClusterSpec
 from tests.support.records import make_record
+from tests.support.watched import wait_until as until
 
 NAMES = Names("unit")
 ID = "mu-test"
@@ -109,13 +110,6 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     world.cloud.may_go_on.set()
     world.preparation.close()
     world.ledger.close()
-
-
-def until(done: Callable[[], bool]) -> None:
-    give_up_at = time.monotonic() + 10
-    while not done():
-        assert time.monotonic() < give_up_at
-        time.sleep(0.01)
 
 
 def test_a_body_is_made_ahead(world: World) -> None:
