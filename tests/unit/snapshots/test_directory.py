@@ -59,6 +59,14 @@ def test_what_was_committed_can_be_read_and_verified(store: DirectoryStore) -> N
     verify_snapshot(store, manifest)
 
 
+def test_a_directory_that_can_not_be_read_is_no_empty_one(store: DirectoryStore, root: Path) -> None:
+    root.mkdir(parents=True)
+    (root / "mu-1").symlink_to("mu-1")  # round and round: like a file system that is away, for root too
+    for use in (lambda: store.list("mu-1"), lambda: store.clean_up(older_than=timedelta())):
+        with pytest.raises(SnapshotFailed, match="mu-1 can't be read"):
+            use()
+
+
 def test_nobody_else_can_read_it(store: DirectoryStore, root: Path) -> None:
     keep(store)
     for path in [root, *root.rglob("*")]:
