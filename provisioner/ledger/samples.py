@@ -23,7 +23,7 @@ RAW = 0
 TEN_MINUTES = 600
 HOUR = 3600
 
-_FRESH_FOR_S = 90
+FRESH_FOR_S = 90
 _KEPT_S = {RAW: HOUR + TEN_MINUTES, TEN_MINUTES: 25 * HOUR, HOUR: 7 * 24 * HOUR + HOUR}
 
 
@@ -86,7 +86,7 @@ class Samples:
         table = tables.samples
         query = (
             sa.select(table.c.subject, table.c.cpu_percent, table.c.memory_percent, table.c.disk_percent)
-            .where(table.c.resolution_s == RAW, table.c.scope == scope.value, table.c.at >= time.time() - _FRESH_FOR_S)
+            .where(table.c.resolution_s == RAW, table.c.scope == scope.value, table.c.at >= time.time() - FRESH_FOR_S)
             .order_by(table.c.at)
         )
         wanted = set(subjects)
