@@ -13,7 +13,6 @@ import pytest
 from provisioner import lifecycle, preparation
 from provisioner.changes import Changes
 from provisioner.cluster import Cluster
-from provisioner.converger import Work, plan
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.ledger import Ledger
 from provisioner.ledger.records import InstanceRecord
@@ -23,6 +22,7 @@ from provisioner.snapshots.capture import CaptureRequest
 from provisioner.snapshots.directory import DirectoryStore
 from provisioner.specs import spec_of
 from provisioner.states import Status
+from provisioner.work import Work, plan
 from stacks.names import Names
 from stacks.spec import ClusterSpec
 from tests.support.records import make_record
