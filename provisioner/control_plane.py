@@ -19,7 +19,7 @@ from provisioner.changes import RECHECK_S, Changes
 from provisioner.cloud_orphans import CloudOrphans
 from provisioner.cloud_preparation import CloudPreparation
 from provisioner.cluster import Cluster
-from provisioner.converger import GATHER_S, Converger, Work
+from provisioner.converger import GATHER_S, Converger
 from provisioner.disk import DiskWatch
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.engine import Engine
@@ -47,6 +47,7 @@ from provisioner.settings import Settings
 from provisioner.snapshots.store import SnapshotStore
 from provisioner.states import Wanted
 from provisioner.volumes.location import open_regions
+from provisioner.work import Work
 
 log = structlog.get_logger(__name__)
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from types_boto3_kms import KMSClient
 
 SCHEME = "aws-kms://"
+ATTEMPTS = 3
+TIMEOUT_S = 10
+"""For connecting, and for each answer."""
 _FORM = "It has the form aws-kms://arn:aws:kms:<region>:<account>:key/<id>?file=<path>&endpoint=https://host."
 _ARN = re.compile(r"arn:aws[a-z-]*:kms:([a-z0-9-]+):\d*:(key|alias)/[A-Za-z0-9/_-]+")
 
@@ -54,7 +57,7 @@ def parse_kms_url(url: str) -> KmsLocation:
 class KmsKey:
     """Encrypts and decrypts up to 4 KiB: room for some thirty keys. Safe for several threads."""
 
-    def __init__(self, location: KmsLocation, *, attempts: int = 3, timeout_s: float = 10) -> None:
+    def __init__(self, location: KmsLocation) -> None:
         """Prepare to talk to KMS, without doing so; raises `SettingsError` for what can't be right."""
         self._arn = location.arn
         try:
@@ -63,9 +66,9 @@ class KmsKey:
                 endpoint_url=location.endpoint,
                 region_name=location.region,
                 config=Config(
-                    connect_timeout=timeout_s,
-                    read_timeout=timeout_s,
-                    retries={"mode": "standard", "total_max_attempts": attempts},
+                    connect_timeout=TIMEOUT_S,
+                    read_timeout=TIMEOUT_S,
+                    retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
                 ),
             )
         except (BotoCoreError, ValueError) as error:

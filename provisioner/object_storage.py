@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 PART_BYTES = 8 << 20
 MAX_PARTS = 10_000
+CONNECT_TIMEOUT_S = 5
+READ_TIMEOUT_S = 60
 _RESUMES = 3
 
 _KEYS = {
@@ -84,9 +86,7 @@ class PendingUpload:
 class Bucket:
     """Keeps objects. Safe for several threads."""
 
-    def __init__(
-        self, location: S3Location, *, attempts: int = 4, connect_timeout_s: float = 5, read_timeout_s: float = 60
-    ) -> None:
+    def __init__(self, location: S3Location, *, attempts: int = 4) -> None:
         """Prepare to talk to the server, without doing so; raises `SettingsError` for what can't be right."""
         self.name = location.bucket
         self._where = f"s3://{location.bucket}" + (f" at {location.endpoint}" if location.endpoint else "")
@@ -103,8 +103,8 @@ class Bucket:
                 region_name=location.region or session.region_name or "us-east-1",
                 config=Config(
                     signature_version="s3v4",
-                    connect_timeout=connect_timeout_s,
-                    read_timeout=read_timeout_s,
+                    connect_timeout=CONNECT_TIMEOUT_S,
+                    read_timeout=READ_TIMEOUT_S,
                     retries={"mode": "standard", "total_max_attempts": attempts},
                     s3={"addressing_style": "path" if location.endpoint else "auto"},
                     # Ours are headers, which servers that don't know them ignore; boto3's own change the body.

@@ -23,7 +23,6 @@ import structlog
 from provisioner.changes import Changes
 from provisioner.cloud_preparation import EBS, CloudPreparation
 from provisioner.cluster import Cluster
-from provisioner.converger import Step, Work
 from provisioner.docker_hosts.archives import DockerMachine
 from provisioner.docker_hosts.containers import kill_container, remove_container
 from provisioner.docker_hosts.hosts import DockerHosts
@@ -41,6 +40,7 @@ from provisioner.snapshots.machine import Volumes
 from provisioner.snapshots.manifest import SnapshotId
 from provisioner.snapshots.store import SnapshotStore
 from provisioner.specs import spec_of
+from provisioner.work import Step, Work
 from stacks.cluster import provider_arguments
 from stacks.instance import container_arguments, volume_arguments
 from stacks.names import Names

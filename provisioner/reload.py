@@ -128,6 +128,7 @@ class Reload:
             if self._owed(self._engine):  # raises EngineError into the loop's log, and is tried again
                 self._owed = None
                 self._next_update.forget()
+                self._hosts.keep_only(self._cluster.nodes)  # only now: the update still talked to who is gone
 
     def _read(self) -> None:
         """Read the file once it has changed, and is the same at two looks: nobody writes it any more then.
@@ -161,8 +162,6 @@ class Reload:
         self._ledger.nodes.sync(spec.nodes, whole=True)
         self._cluster.replace(spec)
         self._tell_changes(added=added, gone=gone, changed=changed)
-        for node in gone:
-            self._hosts.of(node).close()
         self._changes.work.set()
         if self._owed is not None or any(in_stack(was) != in_stack(now) for was, now in changed):
             self._owed = self._update_all

@@ -11,6 +11,7 @@ from provisioner.errors import DockerNotFound
 from stacks.names import CLUSTER_LABEL, INSTANCE_LABEL, LEDGER_LABEL
 
 _LOG_BYTES = 4096
+_LOG_LINES = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,13 +100,13 @@ def describe_container(host: DockerHost, *, name: str) -> ContainerState | None:
     )
 
 
-def read_last_log(host: DockerHost, *, name: str, lines: int = 3) -> str:
+def read_last_log(host: DockerHost, *, name: str) -> str:
     """Return the last non-empty lines that the container wrote, joined and shortened; "" when there is nothing.
 
     Raises DockerError.
     """
     try:
-        raw: bytes = host.call("read a container's log", host.api.logs, name, tail=lines)
+        raw: bytes = host.call("read a container's log", host.api.logs, name, tail=_LOG_LINES)
     except DockerNotFound:
         return ""
     text = raw[-_LOG_BYTES:].decode("utf-8", errors="replace")

@@ -119,7 +119,6 @@ class Capture:
         machine: Machine,
         store: SnapshotStore,
         progress: Progress = lambda _: None,
-        now: Callable[[], datetime] = lambda: datetime.now(UTC),
         home_keeper: HomeKeeper | None = None,
     ) -> None:
         """Take the home as an archive, or leave it to `home_keeper`."""
@@ -129,7 +128,6 @@ class Capture:
         self._machine = machine
         self._store = store
         self._progress = progress
-        self._now = now
         self._facts: ContainerFacts | None = None
         self._writer: SnapshotWriter | None = None
         self._parts: dict[PartName, Part] = {}
@@ -339,7 +337,7 @@ class Capture:
             instance_id=request.snapshot.instance_id,
             cluster=request.cluster,
             generation=request.snapshot.generation,
-            created_at=self._now(),
+            created_at=datetime.now(UTC),
             node_id=request.node_id,
             image=ImageIdentity(reference=request.image, id=self._record.original.id),
             home_path=request.volumes.home_path,

@@ -94,7 +94,11 @@ class DirectoryStore:
             yield opener.open(part, CheckedReader(file, part, snapshot=manifest.id))
 
     def list(self, instance_id: str) -> tuple[Manifest, ...]:
-        """Return the whole snapshots of an instance, oldest generation first; unreadable ones are left out."""
+        """Return the whole snapshots of an instance, oldest generation first; unreadable ones are left out.
+
+        Raises:
+            SnapshotFailed: the store can't be read.
+        """
         manifests = []
         for directory in _entries(self._root / SnapshotId(instance_id=instance_id, generation=0).instance_id):
             if directory.name.isdecimal():
@@ -307,6 +311,12 @@ def _entries(directory: Path) -> Iterator[Path]:
         yield from sorted(directory.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return
+    except OSError as error:  # not "empty": what is only out of reach now must never be taken for gone
+        raise SnapshotFailed(
+            f"The snapshot store's {directory} can't be read: {error.strerror}.",
+            detail=str(error),
+            resolution=_resolve(error),
+        ) from error
 
 
 def _mtime(path: Path) -> float:

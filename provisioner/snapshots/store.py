@@ -44,7 +44,10 @@ class SnapshotWriter(Protocol):
 
 
 class SnapshotStore(Protocol):
-    """Keeps snapshots. Safe for several threads, as long as one snapshot has one writer."""
+    """Keeps snapshots. Safe for several threads, as long as one snapshot has one writer.
+
+    A store that can't be used raises `SnapshotFailed`, never `SnapshotMissing`.
+    """
 
     def begin(self, snapshot: SnapshotId) -> SnapshotWriter:
         """Start a snapshot, removing what a crash left of an earlier attempt.

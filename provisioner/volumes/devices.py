@@ -16,7 +16,6 @@ from provisioner.docker_hosts.helpers import run_helper
 from provisioner.docker_hosts.hosts import DockerHost
 from provisioner.errors import CloudConflict, CloudError
 
-FILE_SYSTEM = "ext4"
 LINK = "disk/by-id/nvme-Amazon_Elastic_Block_Store_{}"
 """What udev calls a volume, below /dev; `vol-0abc` is `vol0abc` there."""
 

@@ -6,7 +6,6 @@ AWS is an emulator; what it attaches are loop devices.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +16,7 @@ from tests.conftest import StartService
 from tests.support.browsing import new_page
 from tests.support.ebs import KEYS, Emulator, LoopDisks, can_attach
 from tests.support.service import ENGINE, Service
+from tests.support.watched import wait_until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0 or not can_attach(), reason="needs root and loop devices")
 
@@ -74,10 +74,7 @@ def run_in(service: Service, instance: dict[str, Any], script: str, *, user: str
 
 
 def until(true: Callable[[], bool], *, timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(true, timeout_s=timeout_s)
 
 
 def test_a_life_on_a_cloud_volume(cloudy: Service, emulator: Emulator, disks: LoopDisks) -> None:

@@ -66,7 +66,7 @@ def refused(service: Service, *arguments: str) -> str:
 
 
 def until(find: Callable[[], object], *, timeout_s: float = 30) -> None:
-    wait_until(find, what="see the line that waits", timeout_s=timeout_s)
+    wait_until(find, timeout_s=timeout_s)
 
 
 def nodes_of(service: Service) -> dict[str, str]:

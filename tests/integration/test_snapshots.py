@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from provisioner.snapshots.manifest import SnapshotId
 from provisioner.snapshots.mark import Method
 from provisioner.snapshots.restore import RestoreRequest, RestoreResult, restore, restored_tag
 from stacks.spec import BROWSER_IMAGE
+from tests.support.watched import wait_until
 
 HOME = "/home/machine"
 
@@ -184,13 +184,6 @@ def node(tmp_path: Path) -> Iterator[Node]:
         yield node
     finally:
         node.clean_up()
-
-
-def wait_until(condition: Callable[[], bool], *, what: str, timeout_s: float = 20) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"never: {what}"
-        time.sleep(0.05)
 
 
 def test_both_methods_give_back_the_home_directory_and_what_changed_above_the_image(node: Node) -> None:

@@ -13,7 +13,6 @@ import pytest
 from provisioner import lifecycle, preparation
 from provisioner.changes import Changes
 from provisioner.cluster import Cluster
-from provisioner.converger import Work, plan
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.ledger import Ledger
 from provisioner.ledger.records import InstanceRecord
@@ -23,9 +22,11 @@ from provisioner.snapshots.capture import CaptureRequest
 from provisioner.snapshots.directory import DirectoryStore
 from provisioner.specs import spec_of
 from provisioner.states import Status
+from provisioner.work import Work, plan
 from stacks.names import Names
 from stacks.spec import ClusterSpec
 from tests.support.records import make_record
+from tests.support.watched import wait_until as until
 
 NAMES = Names("unit")
 ID = "mu-test"
@@ -111,13 +112,6 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     world.cloud.may_go_on.set()
     world.preparation.close()
     world.ledger.close()
-
-
-def until(done: Callable[[], bool]) -> None:
-    give_up_at = time.monotonic() + 10
-    while not done():
-        assert time.monotonic() < give_up_at
-        time.sleep(0.01)
 
 
 def test_a_body_is_made_ahead(world: World) -> None:
