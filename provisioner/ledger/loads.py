@@ -62,7 +62,11 @@ class NodeState(NamedTuple):
 
 
 class LoadReader:
-    """Reads what nodes have and have promised, inside the transaction that decides on it."""
+    """Reads what a decision on an instance rests on, inside the transaction that decides.
+
+    On its connection: callers who wait for their turn to write hold all others, so one that asked for a second
+    connection would wait for them, and they for it.
+    """
 
     def __init__(self, connection: sa.Connection) -> None:
         self._connection = connection
@@ -74,6 +78,17 @@ class LoadReader:
     def ports(self, node_id: str) -> frozenset[int]:
         """Return the ports that a node has promised."""
         query = sa.select(tables.ports.c.port).where(tables.ports.c.node_id == node_id)
+        return frozenset(self._connection.scalars(query))
+
+    def is_online(self, node_id: str) -> bool:
+        """Say whether a node answers; one that is gone does not."""
+        query = sa.select(tables.nodes.c.status).where(tables.nodes.c.id == node_id)
+        return self._connection.scalar(query) == NodeStatus.ONLINE.value
+
+    def nodes_with_leftovers(self, instance_id: str) -> frozenset[str]:
+        """Return the nodes on which something of an instance is left over."""
+        table = tables.leftovers
+        query = sa.select(table.c.node_id).where(table.c.urn.contains(f"::{instance_id}-", autoescape=True)).distinct()
         return frozenset(self._connection.scalars(query))
 
 
