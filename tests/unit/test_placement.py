@@ -235,6 +235,8 @@ def test_no_room_says_what_each_node_lacks() -> None:
     }
     for name, (spec, state, words) in lacking.items():
         assert f"(node {name}: {words})" in refusal(need(), nodes=[spec], states=[state]).message
+    closed_since = refusal(need(), nodes=[node("a")], states=[seen("a", availability="cordoned")])
+    assert "(node a: cordoned)" in closed_since.message
     never_seen = refusal(need(), nodes=[node("a")], states=[])
     assert "node a: offline" in never_seen.message
     ports = {"a": frozenset(range(21000, 21005))}
@@ -290,6 +292,7 @@ def clusters(draw: st.DrawFn) -> tuple[list[NodeSpec], list[NodeState], dict[str
             seen(
                 name,
                 online=draw(st.sampled_from([True, True, False])),
+                availability=draw(st.sampled_from(["active", "active", "draining"])),
                 gib=draw(st.sampled_from([1, 4, 16])),
                 cpu_cores=draw(st.sampled_from([None, 1, 4])),
                 disk_gib=draw(st.sampled_from([None, 5, 100])),
@@ -339,6 +342,7 @@ def test_a_place_never_breaks_a_limit_and_is_always_the_same(
     state = next(state for state in states if state.id == chosen.node.id)
     assert state.online
     assert chosen.node.availability is Availability.ACTIVE
+    assert state.availability == "active"
     assert chosen.node.id not in wanted.avoid
     assert not wanted.strict or chosen.node.id == wanted.node_preference
     assert wanted.labels.items() <= chosen.node.labels.items()

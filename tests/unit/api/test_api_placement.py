@@ -100,6 +100,16 @@ def test_a_preference_that_does_not_fit_is_told_of_in_the_events(services: FakeS
     assert "on node b (node a, which is preferred: offline)" in events(client, created["id"])
 
 
+def test_a_node_that_another_service_knows_to_be_closed_gets_nothing(
+    services: FakeServices, client: TestClient
+) -> None:
+    a, b = services.cluster.nodes
+    services.ledger.nodes.sync([a.model_copy(update={"availability": Availability.CORDONED}), b])
+    assert {create(client)["node_id"] for _ in range(4)} == {"b"}
+    answer = client.post("/v2/instances", json={"node_preference": "a", "node_strict": True})
+    assert (answer.status_code, "node a: cordoned" in answer.json()["detail"]) == (503, True)
+
+
 def test_a_strict_preference_that_does_not_fit_is_503(client: TestClient) -> None:
     small = {"config": {"memory_gb": 75}, "node_preference": "a", "node_strict": True}
     assert create(client, **small)["node_id"] == "a"
