@@ -12,6 +12,7 @@ second it would send all to one node. It only tells between nodes that have prom
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -229,23 +230,27 @@ def pick_ports(count: int, *, node: NodeSpec, taken: frozenset[int], port_free: 
 
 
 def _refuse_impossible(need: Need, *, cluster: ClusterSpec, nodes: Sequence[NodeState], limits: Limits) -> None:
-    sized = [state for state in nodes if state.memory_bytes and state.cpu_cores]
-    if not sized:
-        return
+    states = {state.id: state for state in nodes}
+    ours = [states.get(node.id) for node in cluster.nodes]
+    sized = [state for state in ours if state is not None and state.memory_bytes and state.cpu_cores]
+    if len(sized) < len(ours) or not sized:
+        return  # one that never answered may be larger
     most_memory_gb = max(state.memory_bytes or 0 for state in sized) / 2**30 * limits.memory
     most_cores = max(state.cpu_cores or 0 for state in sized)
     if need.memory_gb > most_memory_gb:
         raise InvalidRequest(
-            f"config.memory_gb: {need.memory_gb:g} GB is more than any node has ({most_memory_gb:.1f} GB)."
+            f"config.memory_gb: {need.memory_gb:g} GB is more than any node has ({_round_down(most_memory_gb)} GB)."
         )
     if need.cpu_cores > most_cores:
         raise InvalidRequest(f"config.cpu_cores: {need.cpu_cores} is more than any node has ({most_cores:g}).")
-    disks = [state.disk_bytes for state in nodes]
+    disks = [state.disk_bytes for state in sized]
     if any(disk is None for disk in disks) or any(node.volume != "docker" for node in cluster.nodes):
         return
     most_disk_gb = max(disk or 0 for disk in disks) / 2**30 * limits.disk
     if need.disk_gb > most_disk_gb:
-        raise InvalidRequest(f"config.disk_gb: {need.disk_gb:g} GB is more than any node has ({most_disk_gb:.1f} GB).")
+        raise InvalidRequest(
+            f"config.disk_gb: {need.disk_gb:g} GB is more than any node has ({_round_down(most_disk_gb)} GB)."
+        )
 
 
 def _explain_other(need: Need, *, chosen: str, lacks: Mapping[str, Found]) -> str | None:
@@ -286,9 +291,14 @@ def _count(need: Need, lacks: Iterable[Found]) -> Iterator[str]:
         yield f"{len(members)} {'nodes' if len(members) > 1 else 'node'}: {_tell(need, most, several=len(members) > 1)}"
 
 
+def _round_down(gb: float) -> str:
+    """Write an amount that is not enough so that it does not look like enough."""
+    return f"{math.floor(gb * 10 + 1e-6) / 10:.1f}"
+
+
 def _tell(need: Need, found: Found, *, several: bool = False) -> str:
     """Put into words what one node lacks, or what `several` do that have at most so much left."""
-    left = f"at most {found.left:.1f}" if several else f"{found.left:.1f}"
+    left = f"at most {_round_down(found.left)}" if several else _round_down(found.left)
     return {
         Lack.OFFLINE: "offline",
         Lack.CLOSED: found.what,

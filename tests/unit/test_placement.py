@@ -216,7 +216,25 @@ def test_a_size_that_no_node_could_ever_have_is_refused(size: dict[str, float]) 
         place(need(**size), nodes=[node("a")], states=[seen("a", disk_gib=20, online=False)])
 
 
+def test_a_size_is_not_refused_for_good_while_a_node_has_never_said_what_it_has() -> None:
+    states = [seen("a"), seen("b", online=False, memory_bytes=None, cpu_cores=None)]
+    assert "node b: offline" in refusal(need(memory_gb=17), nodes=A_AND_B, states=states).message
+    assert "node b: offline" in refusal(need(cpu_cores=5), nodes=A_AND_B, states=states[:1]).message
+
+
+def test_a_node_that_left_the_cluster_says_nothing_about_what_others_have() -> None:
+    with pytest.raises(InvalidRequest, match="more than any node has"):
+        place(need(memory_gb=17), nodes=[node("a")], states=[seen("a"), seen("gone", gib=64)])
+
+
 # ---- what is said when there is no room
+
+
+def test_what_is_not_quite_enough_does_not_look_like_enough() -> None:
+    lacking = refusal(need(), nodes=[node("a")], states=[seen("a", memory_gb=15.02)])
+    assert "0.9 GB of memory left, 1 needed" in lacking.message
+    with pytest.raises(InvalidRequest, match=r"15.6 GB is more than any node has \(15.5 GB\)"):
+        place(need(memory_gb=15.6), nodes=[node("a")], states=[seen("a", gib=15.58)])
 
 
 def test_no_room_says_what_each_node_lacks() -> None:
@@ -251,7 +269,7 @@ def test_a_thousand_nodes_are_counted_by_what_they_lack() -> None:
     said = refusal(need(), nodes=nodes, states=states).message
     assert said == (
         "No node has room now (1 node: offline; 399 nodes: have all their instances;"
-        " 600 nodes: at most 0.8 GB of memory left, 1 needed)."
+        " 600 nodes: at most 0.7 GB of memory left, 1 needed)."
     )
 
 
