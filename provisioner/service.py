@@ -121,9 +121,9 @@ class InstanceService:
     def make_dormant(self, instance_id: str, *, reason: str = "asked for by a caller") -> InstanceRecord:
         """Want the instance dormant. Raises NotFound, Conflict, and SnapshotFailed where its node is offline."""
 
-        def decide(record: InstanceRecord, _: LoadReader) -> Update | None:
+        def decide(record: InstanceRecord, loads: LoadReader) -> Update | None:
             update = lifecycle.wish_dormant(record, reason=reason)
-            if update is not None and self._is_offline(record.node_id) and record.moving is None:
+            if update is not None and record.moving is None and not loads.is_online(record.node_id):
                 raise SnapshotFailed(
                     f"Node {record.node_id} does not answer, so no snapshot of instance {record.id} can be taken now.",
                     resolution="Retry once its node is online; the instance stays as it is.",
@@ -149,7 +149,7 @@ class InstanceService:
             if record.wanted is Wanted.RUNNING and record.operation in ("reviving", "moving"):
                 return None  # being revived already: this caller waits for the same outcome
             lifecycle.check_revivable(record)
-            need = self._need_again(record, node_preference=node_preference, strict=node_strict)
+            need = self._need_again(record, loads=loads, node_preference=node_preference, strict=node_strict)
             place = self._place(need, loads=loads)
             return lifecycle.wish_revived(
                 record,
@@ -167,7 +167,7 @@ class InstanceService:
         """Want a running instance dormant, to be revived on another node. Raises NotFound and NoCapacity."""
 
         def decide(record: InstanceRecord, loads: LoadReader) -> Update | None:
-            self._place(self._need_again(record, avoid={record.node_id}), loads=loads)
+            self._place(self._need_again(record, loads=loads, avoid={record.node_id}), loads=loads)
             return lifecycle.wish_drained(record)
 
         return self._wish(instance_id, decide)
@@ -176,9 +176,9 @@ class InstanceService:
         """Want an instance of a lost node given back elsewhere, if there is a place. Raises NotFound and NoCapacity."""
 
         def decide(record: InstanceRecord, loads: LoadReader) -> Update | None:
-            if not self._is_offline(record.node_id):
+            if loads.is_online(record.node_id):
                 return None  # it is back
-            self._place(self._need_again(record, avoid={record.node_id}), loads=loads)
+            self._place(self._need_again(record, loads=loads, avoid={record.node_id}), loads=loads)
             return lifecycle.wish_moved(record, away_s=away_s)
 
         return self._wish(instance_id, decide)
@@ -190,7 +190,7 @@ class InstanceService:
             if record.moving is None:
                 return None
             lifecycle.check_revivable(record)
-            place = self._place(self._need_again(record), loads=loads)
+            place = self._place(self._need_again(record, loads=loads), loads=loads)
             source = record.snapshot(record.snapshot_generation)
             note = None
             if record.moving is Moving.OFFLINE and source is not None:
@@ -207,13 +207,11 @@ class InstanceService:
 
         return self._wish(instance_id, decide)
 
-    def _is_offline(self, node_id: str) -> bool:
-        return node_id not in self._ledger.nodes.online()
-
     def _need_again(
         self,
         record: InstanceRecord,
         *,
+        loads: LoadReader,
         node_preference: str | None = None,
         strict: bool = False,
         avoid: Collection[str] = (),
@@ -231,7 +229,7 @@ class InstanceService:
             node_preference=node_preference,
             strict=strict,
             home_node=taken.node_id if taken is not None else record.node_id,
-            avoid=self._ledger.leftovers.nodes_of(record.id) | self._nodes_out_of_reach(record) | frozenset(avoid),
+            avoid=loads.nodes_with_leftovers(record.id) | self._nodes_out_of_reach(record) | frozenset(avoid),
         )
 
     def delete(self, instance_id: str, *, force: bool) -> InstanceRecord:

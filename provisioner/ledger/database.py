@@ -26,7 +26,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from provisioner.errors import LedgerMismatch, LedgerUnavailable
 from provisioner.ledger import postgresql, sqlite, tables
 
-SCHEMA = "0002"
+SCHEMA = "0003"
 """The newest migration."""
 
 Location = Path | SecretStr
