@@ -8,9 +8,9 @@ one, before the home volume is touched.
 A mark in the home volume is the last thing written. Finding it, a repeated restore has nothing to do; not finding it,
 it empties the volume and begins again. A volume in which the instance's container has run already is never written to:
 the container comes after the restore, so the restore was complete. (One that was never started proves nothing: a node
-that was silent for a while may carry out late what it was asked for an earlier life.) The mark is the SHA-256 of the home archive, which
-nothing *inside* that archive can know: a mark that came along with the archive, or was put there by the browser's user,
-proves nothing and is not believed.
+that was silent for a while may carry out late what it was asked for an earlier life.) The mark is the SHA-256 of the
+home archive, which nothing *inside* that archive can know: a mark that came along with the archive, or was put there by
+the browser's user, proves nothing and is not believed.
 """
 
 from __future__ import annotations
