@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -119,6 +120,34 @@ class Found(NamedTuple):
     """How much there is of what is too little."""
     what: str = ""
     """The label that it has not, or what its availability is."""
+
+
+class Arrivals:
+    """The nodes as they will be once those have arrived that are on their way and have been promised nothing yet."""
+
+    def __init__(self, nodes: Sequence[NodeState], *, ports_of: PortReader) -> None:
+        self._nodes = {node.id: node for node in nodes}
+        self._ports_of = ports_of
+        self._ports: defaultdict[str, set[int]] = defaultdict(set)
+
+    def nodes(self) -> list[NodeState]:
+        """Return every node, in no order."""
+        return list(self._nodes.values())
+
+    def ports(self, node_id: str) -> frozenset[int]:
+        """Return the ports that a node will have promised."""
+        return self._ports_of(node_id) | self._ports[node_id]
+
+    def add(self, need: Need, place: Place) -> None:
+        """Count on one more arrival."""
+        node = self._nodes[place.node.id]
+        self._nodes[node.id] = node._replace(
+            instances=node.instances + 1,
+            promised_memory_mib=node.promised_memory_mib + need.memory_mib,
+            promised_cpu_cores=node.promised_cpu_cores + need.cpu_cores,
+            promised_disk_mib=node.promised_disk_mib + (need.disk_mib if place.node.volume == "docker" else 0),
+        )
+        self._ports[node.id].update(place.ports)
 
 
 def choose_place(

@@ -7,11 +7,12 @@ Nothing here changes anything on a node. `outcome` waits for what becomes of a w
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import secrets
 import socket
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from provisioner import lifecycle
@@ -31,7 +32,7 @@ from provisioner.images import ImageCatalogue, ResolvedImage
 from provisioner.ledger import Ledger
 from provisioner.ledger.instances import LoadReader, Update
 from provisioner.ledger.records import InstanceRecord, Moving
-from provisioner.placement import Limits, Need, Place, choose_place
+from provisioner.placement import Arrivals, Limits, Need, Place, choose_place
 from provisioner.settings import Settings
 from provisioner.states import Status, Wanted
 from stacks.spec import NodeSpec
@@ -159,26 +160,29 @@ class InstanceService:
                 volume=place.node.volume,
                 disk_enforced=place.disk_enforced,
                 why_there=place.note,
+                note=_tell_move(record),
             )
 
         return self._wish(instance_id, decide)
 
     def drain(self, instance_id: str) -> InstanceRecord:
         """Want a running instance dormant, to be revived on another node. Raises NotFound and NoCapacity."""
+        moving = self._ledger.instances.moving()  # by one caller, the Mover: there are no more of them when it decides
 
         def decide(record: InstanceRecord, loads: LoadReader) -> Update | None:
-            self._place(self._need_again(record, loads=loads, avoid={record.node_id}), loads=loads)
+            self._check_room_elsewhere(record, moving=moving, loads=loads)
             return lifecycle.wish_drained(record)
 
         return self._wish(instance_id, decide)
 
     def give_up_body(self, instance_id: str, *, away_s: float) -> InstanceRecord:
         """Want an instance of a lost node given back elsewhere, if there is a place. Raises NotFound and NoCapacity."""
+        moving = self._ledger.instances.moving()
 
         def decide(record: InstanceRecord, loads: LoadReader) -> Update | None:
             if loads.is_online(record.node_id):
                 return None  # it is back
-            self._place(self._need_again(record, loads=loads, avoid={record.node_id}), loads=loads)
+            self._check_room_elsewhere(record, moving=moving, loads=loads)
             return lifecycle.wish_moved(record, away_s=away_s)
 
         return self._wish(instance_id, decide)
@@ -191,10 +195,6 @@ class InstanceService:
                 return None
             lifecycle.check_revivable(record)
             place = self._place(self._need_again(record, loads=loads), loads=loads)
-            source = record.snapshot(record.snapshot_generation)
-            note = None
-            if record.moving is Moving.OFFLINE and source is not None:
-                note = f"Node {record.node_id} was lost: given back {lifecycle.tell_loss(source)}."
             return lifecycle.wish_revived(
                 record,
                 method=FULL_RESTORE,
@@ -202,10 +202,22 @@ class InstanceService:
                 ports=place.ports,
                 volume=place.node.volume,
                 disk_enforced=place.disk_enforced,
-                note=note,
+                note=_tell_move(record),
             )
 
         return self._wish(instance_id, decide)
+
+    def _check_room_elsewhere(
+        self, record: InstanceRecord, *, moving: Iterable[InstanceRecord], loads: LoadReader
+    ) -> None:
+        """Raise NoCapacity unless another node has room for the instance, beside all that are on their way already."""
+        arrivals = Arrivals(loads.nodes(), ports_of=loads.ports)
+        for other in moving:
+            if other.wanted is Wanted.DORMANT and other.id != record.id:
+                with contextlib.suppress(NoCapacity):  # that one waits; there may be room for a smaller one
+                    need = self._need_again(other, loads=loads, avoid={other.node_id})
+                    arrivals.add(need, self._place(need, loads=arrivals))
+        self._place(self._need_again(record, loads=loads, avoid={record.node_id}), loads=arrivals)
 
     def _need_again(
         self,
@@ -302,7 +314,7 @@ class InstanceService:
             )
         return frozenset(node.id for node in nodes) - near
 
-    def _place(self, need: Need, *, loads: LoadReader) -> Place:
+    def _place(self, need: Need, *, loads: LoadReader | Arrivals) -> Place:
         settings = self._settings
         return choose_place(
             need,
@@ -366,6 +378,14 @@ class InstanceService:
         base = f" (built on {image.base})" if image.base else ""
         note = f" ({place.note})" if place.note else ""
         return record, f"to run {runs}{base} on node {place.node.id}{note}"
+
+
+def _tell_move(record: InstanceRecord) -> str | None:
+    """Say what may be lost by the revival of an instance whose node was lost; None for any other."""
+    source = record.snapshot(record.snapshot_generation)
+    if record.moving is not Moving.OFFLINE or source is None:
+        return None
+    return f"Node {record.node_id} was lost: given back {lifecycle.tell_loss(source)}."
 
 
 def _need_of(request: CreateRequest, *, ports: int) -> Need:

@@ -362,6 +362,26 @@ def test_a_helper_that_a_crash_left_is_in_nobodys_way(node: Node) -> None:
     assert not node.host.api.containers(all=True, filters={"label": f"{HELPER_LABEL}={node.volumes.home}"})
 
 
+@pytest.mark.parametrize("has_run", [False, True])
+def test_only_a_container_that_has_run_proves_that_its_home_was_restored(node: Node, has_run: bool) -> None:
+    node.run_body(script="echo kept > file")
+    node.capture().run()
+    node.host.slow_api.remove_container(node.container, force=True)
+    home = node.add_volume(f"{node.volumes.home}-2")
+    api = node.host.slow_api
+    created = api.create_container(
+        BROWSER_IMAGE,
+        entrypoint=["true"],
+        labels=node.labels | {"machineuse.instance": node.instance},
+        host_config=api.create_host_config(mounts=[Mount(HOME, home, type="volume")], network_mode="none"),
+    )
+    if has_run:
+        api.start(created["Id"])
+        api.wait(created["Id"])
+    node.restore(Method.FULL_RESTORE, home)
+    assert ("file" in node.content(home)) is not has_run
+
+
 def test_a_half_filled_copy_is_not_used(node: Node) -> None:
     node.run_body(script="echo kept > file")
     node.capture().run()

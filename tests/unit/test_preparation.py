@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from provisioner import lifecycle, preparation
+from provisioner import image_supply, lifecycle, preparation
 from provisioner.changes import Changes
 from provisioner.cluster import Cluster
 from provisioner.docker_hosts.hosts import DockerHosts
+from provisioner.errors import NodeUnreachable
 from provisioner.ledger import Ledger
 from provisioner.ledger.records import InstanceRecord
 from provisioner.preparation import Preparation
@@ -106,6 +107,7 @@ class World:
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     monkeypatch.setattr(preparation, "find_image", lambda *_: object())
+    monkeypatch.setattr(image_supply, "find_image", lambda *_: object())
     world = World(tmp_path)
     yield world
     world.docker.may_go_on.set()
@@ -197,3 +199,30 @@ def test_a_delete_waits_for_the_cloud_volume_that_is_being_made_and_removes_it(w
     world.cloud.may_go_on.set()
     until(lambda: world.preparation.prepare(world.work))
     assert world.cloud.done == ["make 1", "release 2"]
+
+
+def test_a_node_that_does_not_say_whether_it_has_an_image_holds_up_nobody(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = threading.Event()
+    monkeypatch.setattr(preparation, "find_image", lambda *_: answers.wait(10))
+    world.add()
+    world.docker.may_go_on.set()
+    assert not world.preparation.prepare(world.work)
+    assert not world.preparation.prepare(world.work)
+    answers.set()
+    until(lambda: world.preparation.prepare(world.work))
+    until(lambda: len(world.docker.made) == 2)
+
+
+def test_a_node_that_goes_silent_while_it_is_asked_for_an_image_fails_the_step(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def be_silent(*_: Any) -> None:
+        raise NodeUnreachable("It does not answer.")
+
+    monkeypatch.setattr(preparation, "find_image", be_silent)
+    world.add()
+    for _ in range(2):
+        with pytest.raises(NodeUnreachable):
+            world.preparation.prepare(world.work)

@@ -155,9 +155,11 @@ class FakeMachine:
         if not self.volume(volumes.home).exists():
             raise DockerNotFound(f"no volume {volumes.home}")
         mark = self.volume(volumes.home) / MARK_NAME
+        users = {name: each for name, each in self.containers.items() if each.volume == volumes.home}
         return HomeFacts(
             mark=mark.read_text() if mark.exists() else None,
-            used_by={name: each.instance for name, each in self.containers.items() if each.volume == volumes.home},
+            used_by={name: each.instance for name, each in users.items()},
+            ran=frozenset(name for name, each in users.items() if each.starts),
         )
 
     def fill_home(self, volumes: Volumes, *, stamp: str, mark: str) -> str | None:
