@@ -157,6 +157,8 @@ class DirectoryWriter:
         self._sealer = sealer
         self._token = secrets.token_hex(4)
         self._verified: Manifest | None = None
+        self._manifest_name = f".{_MANIFEST}.{self._token}.tmp"
+        self._placed: list[Path] = []
 
     @contextmanager
     def part(self, name: PartName) -> Iterator[Writable]:
@@ -195,11 +197,13 @@ class DirectoryWriter:
             return
         if self._verified != manifest:
             self.verify(manifest)
+        if (self._directory / _MANIFEST).exists():  # of a writer that came after this one, which was frozen
+            raise SnapshotFailed(f"Snapshot {self._snapshot} exists already and is never overwritten.")
         with _writing(self._root):
             for part in manifest.parts:
-                self._temporary(part.name).replace(self._directory / part.name.value)
+                self._placed.append(self._temporary(part.name).replace(self._directory / part.name.value))
             _sync(self._directory)
-            temporary = self._directory / f".{_MANIFEST}.{self._token}.tmp"
+            temporary = self._directory / self._manifest_name
             with _create(temporary) as file:
                 _WholeWrites(file, self._root).write(manifest.to_json())
             _sync(temporary)
@@ -208,14 +212,11 @@ class DirectoryWriter:
                 _sync(directory)
 
     def abandon(self) -> None:
-        """Remove what was written. Idempotent; harmless after `commit`."""
-        if (self._directory / _MANIFEST).exists():
-            return
+        """Remove what was written. Idempotent; harmless after `commit`, also that of another writer."""
         with contextlib.suppress(OSError):
-            for name in PartName:
-                self._temporary(name).unlink(missing_ok=True)
-                (self._directory / name.value).unlink(missing_ok=True)
-            (self._directory / f".{_MANIFEST}.{self._token}.tmp").unlink(missing_ok=True)
+            placed = [] if (self._directory / _MANIFEST).exists() else self._placed
+            for path in (*map(self._temporary, PartName), self._directory / self._manifest_name, *placed):
+                path.unlink(missing_ok=True)
             _remove_directory(self._directory)
             _remove_directory(self._directory.parent)
 

@@ -39,7 +39,7 @@ class SnapshotWriter(Protocol):
         ...
 
     def abandon(self) -> None:
-        """Remove what was written. Idempotent; harmless after `commit`."""
+        """Remove what was written. Idempotent; harmless after `commit`, also that of another writer."""
         ...
 
 
