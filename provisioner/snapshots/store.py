@@ -75,8 +75,11 @@ class SnapshotStore(Protocol):
         """Remove a snapshot, its manifest first. Idempotent."""
         ...
 
-    def clean_up(self, *, older_than: timedelta) -> int:
-        """Remove what crashes left and nobody has written to for `older_than`; return how many snapshots that were."""
+    def clean_up(self, *, older_than: timedelta, spared: Collection[SnapshotId] = ()) -> int:
+        """Remove what crashes left and nobody has written to for `older_than`; return how many snapshots that were.
+
+        What is `spared` is being written, or will be again, whatever the clocks say. What is not ours is left alone.
+        """
         ...
 
 

@@ -88,7 +88,7 @@ def scene(request: pytest.FixtureRequest, tmp_path: Path, snapshot_keys: str | N
         return Scene(
             open=lambda: open_store(Settings(snapshot_store=str(root), snapshot_keys=snapshot_keys)),
             read=lambda key: (root / key).read_bytes(),
-            write=lambda key, data: (root / key).write_bytes(data) and None,
+            write=lambda key, data: _write_file(root / key, data),
             leftovers=lambda: [str(path) for path in root.rglob("*") if path.is_file()],
         )
     server: S3Server = request.getfixturevalue("server")
@@ -99,6 +99,11 @@ def scene(request: pytest.FixtureRequest, tmp_path: Path, snapshot_keys: str | N
         write=lambda key, data: bucket.put(f"deep/store/{key}", data),
         leftovers=lambda: [each.key for each in (*bucket.list(""), *bucket.list_uploads(""))],
     )
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
 
 
 def make_tar(size: int) -> bytes:
@@ -112,6 +117,10 @@ def make_tar(size: int) -> bytes:
 
 def write(store: SnapshotStore, generation: int = 1, *, size: int = 1000) -> tuple[SnapshotWriter, Manifest]:
     writer = store.begin(SnapshotId(instance_id="mu-1", generation=generation))
+    return writer, write_home(writer, generation, size=size)
+
+
+def write_home(writer: SnapshotWriter, generation: int = 1, *, size: int) -> Manifest:
     with writer.part(PartName.HOME) as sink:
         part = write_part([make_tar(size)], sink, name=PartName.HOME, seal=writer.sealer().seal)
     manifest = Manifest(
@@ -128,7 +137,7 @@ def write(store: SnapshotStore, generation: int = 1, *, size: int = 1000) -> tup
         parts=(part,),
         changed_paths=0,
     )
-    return writer, writer.sealer().seal_manifest(manifest)
+    return writer.sealer().seal_manifest(manifest)
 
 
 def keep(store: SnapshotStore, generation: int = 1, *, size: int = 1000) -> Manifest:
@@ -215,6 +224,61 @@ def test_a_crash_between_parts_and_manifest_leaves_no_snapshot_and_is_cleaned_up
     del alive
 
 
+def test_what_others_keep_there_is_left_alone(scene: Scene) -> None:
+    others = ["readme", "mu-1/notes", "mu-1/1/own", "mu-1/01/home.tar.zst", "photos/2020/a.jpg", "A/1/home.tar.zst"]
+    for key in others:
+        scene.write(key, b"x")
+    store = scene.open()
+    write(store)
+    assert store.clean_up(older_than=timedelta()) == 1
+    assert store.clean_up(older_than=timedelta()) == 0
+    assert all(scene.read(key) == b"x" for key in others)
+    assert len(scene.leftovers()) == len(others)
+
+
+def test_a_snapshot_that_is_still_to_be_taken_is_not_cleaned_up(scene: Scene) -> None:
+    store = scene.open()
+    writer, manifest = write(store)
+    assert store.clean_up(older_than=timedelta(), spared={SNAPSHOT}) == 0
+    writer.commit(manifest)
+    assert store.clean_up(older_than=timedelta()) == 0
+    verify_snapshot(store, manifest)
+
+
+def go_on(writer: SnapshotWriter, manifest: Manifest | None) -> None:
+    """Go on with a snapshot that somebody else has begun meanwhile; a part is written if there is none."""
+    writer.commit(manifest or write_home(writer, size=5000))
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_who_was_overtaken_can_not_harm_what_is_complete(scene: Scene, written: bool) -> None:
+    late = scene.open().begin(SNAPSHOT)
+    mine = write_home(late, size=3000) if written else None
+    store = scene.open()
+    manifest = keep(store)
+    with pytest.raises(SnapshotFailed):
+        go_on(late, mine)
+    late.abandon()
+    assert store.read_manifest(SNAPSHOT) == manifest
+    verify_snapshot(store, manifest)
+    assert len(scene.leftovers()) == 2
+
+
+def test_who_was_overtaken_after_verifying_puts_no_manifest_to_the_parts_of_another(scene: Scene) -> None:
+    late, mine = write(scene.open(), size=3000)
+    late.verify(mine)
+    store = scene.open()
+    writer, manifest = write(store)
+    with pytest.raises(SnapshotFailed):
+        go_on(late, mine)
+    late.abandon()
+    with pytest.raises(SnapshotMissing):
+        store.read_manifest(SNAPSHOT)
+    writer.abandon()
+    assert scene.leftovers() == []
+    assert keep(store).home.bytes == manifest.home.bytes
+
+
 def test_a_flipped_byte_is_noticed_anywhere(scene: Scene) -> None:
     store = scene.open()
     manifest = keep(store)
@@ -287,17 +351,6 @@ def test_a_writer_that_was_overtaken_can_not_harm_the_one_that_came_after(bucket
     with pytest.raises(SnapshotFailed, match="began it anew"):
         late.__exit__(None, None, None)
     verify_snapshot(store, manifest)
-
-
-def test_what_others_keep_in_the_bucket_is_left_alone(bucket: Bucket) -> None:
-    others = ["readme", "mu-1/notes", "mu-1/1/own", "mu-1/01/home.tar.zst", "elsewhere/mu-1/1/home.tar.zst"]
-    for key in others:
-        bucket.put(key, b"x")
-    store = S3Store(bucket)
-    write(store)
-    assert store.clean_up(older_than=timedelta()) == 1
-    store.delete(SNAPSHOT)
-    assert sorted(each.key for each in bucket.list("")) == sorted(others)
 
 
 def test_reading_goes_on_where_it_was_when_the_connection_breaks(server: S3Server, bucket: Bucket) -> None:
