@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
+import sys
 import tarfile
 import time
 import tracemalloc
@@ -24,7 +26,7 @@ from provisioner.settings import Settings
 from provisioner.snapshots.capture import Capture
 from provisioner.snapshots.keyfile import KeyFile
 from provisioner.snapshots.location import open_store, parse_s3_url
-from provisioner.snapshots.manifest import ImageIdentity, Manifest, PartName, SnapshotId
+from provisioner.snapshots.manifest import ImageIdentity, Manifest, Part, PartName, SnapshotId
 from provisioner.snapshots.mark import Method
 from provisioner.snapshots.s3 import S3Store
 from provisioner.snapshots.store import SnapshotStore, SnapshotWriter, verify_snapshot
@@ -123,7 +125,11 @@ def write(store: SnapshotStore, generation: int = 1, *, size: int = 1000) -> tup
 def write_home(writer: SnapshotWriter, generation: int = 1, *, size: int) -> Manifest:
     with writer.part(PartName.HOME) as sink:
         part = write_part([make_tar(size)], sink, name=PartName.HOME, seal=writer.sealer().seal)
-    manifest = Manifest(
+    return writer.sealer().seal_manifest(manifest_of(part, generation))
+
+
+def manifest_of(home: Part, generation: int = 1) -> Manifest:
+    return Manifest(
         instance_id="mu-1",
         cluster="local",
         generation=generation,
@@ -134,10 +140,9 @@ def write_home(writer: SnapshotWriter, generation: int = 1, *, size: int) -> Man
         stopped_cleanly=True,
         container_id="c",
         run_started_at=None,
-        parts=(part,),
+        parts=(home,),
         changed_paths=0,
     )
-    return writer.sealer().seal_manifest(manifest)
 
 
 def keep(store: SnapshotStore, generation: int = 1, *, size: int = 1000) -> Manifest:
@@ -438,3 +443,54 @@ def test_a_machine_is_kept_in_a_bucket_and_given_back(server: S3Server, bucket: 
         assert server.objects() == [f"machines/{node.snapshot()}/{name}" for name in ("home.tar.zst", "manifest.json")]
     finally:
         node.clean_up()
+
+
+MEASURE = """
+import os, resource, sys, tarfile
+from provisioner.settings import Settings
+from provisioner.snapshots.location import open_store
+from provisioner.snapshots.manifest import PartName, SnapshotId
+from provisioner.snapshots.store import verify_snapshot
+from provisioner.snapshots.tars import write_part
+from tests.integration.test_snapshot_stores import manifest_of
+
+def home(mib):
+    member = tarfile.TarInfo("machine/large")
+    member.size = mib << 20
+    yield member.tobuf()
+    for _ in range(mib):
+        yield os.urandom(1 << 20)
+    yield bytes(1024)
+
+store = open_store(Settings(snapshot_store=sys.argv[1], snapshot_keys=sys.argv[2]))
+writer = store.begin(SnapshotId(instance_id="mu-1", generation=1))
+with writer.part(PartName.HOME) as sink:
+    part = write_part(home(int(sys.argv[3])), sink, name=PartName.HOME, seal=writer.sealer().seal)
+manifest = writer.sealer().seal_manifest(manifest_of(part))
+writer.commit(manifest)
+verify_snapshot(store, manifest)
+store.delete(manifest.id)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, part.bytes)
+"""
+
+
+def test_a_large_home_takes_no_more_memory_than_a_small_one(server: S3Server, bucket: Bucket, tmp_path: Path) -> None:
+    """Written encrypted, read back, and read once more: measured from outside, with all that libraries allocate."""
+    del bucket
+    KeyFile(tmp_path / "keys.json").create()
+
+    def measure(mib: int) -> tuple[int, int]:
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURE, server.url(), str(tmp_path / "keys.json"), str(mib)],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        peak_kib, stored_bytes = map(int, done.stdout.split())
+        assert stored_bytes > mib << 20
+        return peak_kib << 10, stored_bytes
+
+    (small, _), (large, _) = measure(32), measure(256)
+    assert large - small < 4 * PART_BYTES

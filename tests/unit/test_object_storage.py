@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from provisioner import object_storage
 from provisioner.errors import ObjectMissing, ObjectStorageError, SettingsError
 from provisioner.object_storage import Bucket
 from provisioner.snapshots.location import parse_s3_url
+from provisioner.snapshots.s3 import S3Store
 
 
 @pytest.fixture
@@ -113,6 +115,29 @@ def test_an_object_that_never_comes_is_not_waited_for_for_ever(bucket: Bucket, m
         upload.write(b"x")
         with pytest.raises(ObjectStorageError, match="put no object together within"):
             upload.complete()
+
+
+def _parts(now: datetime, *, hours_ago: tuple[int, ...]) -> dict[str, Any]:
+    written = (now - timedelta(hours=age) for age in hours_ago)
+    return {"Parts": [{"PartNumber": number, "LastModified": at} for number, at in enumerate(written, 1)]}
+
+
+def test_an_upload_that_still_gets_parts_is_not_cleaned_up_nor_what_belongs_to_it(bucket: Bucket) -> None:
+    """However long ago it began: an archive may take days to a server that is far away."""
+    now = datetime.now(UTC)
+    slow, dead = "mu-1/1/rootfs.tar.zst", "mu-2/1/home.tar.zst"
+    uploads = [{"Key": key, "UploadId": key[:4], "Initiated": now - timedelta(days=3)} for key in (slow, dead)]
+    objects = [{"Key": key, "LastModified": now - timedelta(days=2)} for key in ("mu-1/1/home.tar.zst", dead)]
+    where = {"Bucket": "profiles", "Key": dead}
+    with Stubber(bucket._client) as stub:
+        stub.add_response("list_multipart_uploads", {"Uploads": uploads})
+        stub.add_response("list_parts", _parts(now, hours_ago=(60, 1)))
+        stub.add_response("list_parts", _parts(now, hours_ago=(60, 50)))
+        stub.add_response("abort_multipart_upload", {}, {**where, "UploadId": "mu-2"})
+        stub.add_response("list_objects_v2", {"Contents": objects})
+        stub.add_response("delete_object", {}, where)
+        assert S3Store(bucket).clean_up(older_than=timedelta(days=1)) == 1
+        stub.assert_no_pending_responses()
 
 
 def test_a_profile_that_is_not_there_is_a_wrong_setting(monkeypatch: pytest.MonkeyPatch) -> None:
