@@ -1,6 +1,6 @@
 """One bucket of an S3 server: the only place that knows boto3.
 
-Everything is bounded: memory (one part of an upload), time (time-outs, a fixed number of attempts), and what a part
+Everything is bounded: memory (two parts of an upload), time (time-outs, a fixed number of attempts), and what a part
 that is read may be resumed after its connection broke. Credentials come from boto3's ordinary chain (environment,
 profile, role of the machine) and never from a setting; neither they nor the requests' headers are put into an error.
 SHA-256 checksums go along with everything that is sent; a server that knows them refuses what arrives otherwise.
@@ -266,7 +266,7 @@ class Bucket:
 
 @dataclass
 class Upload:
-    """An object on its way, sent in parts of `PART_BYTES`; no more than one of them is in memory."""
+    """An object on its way, sent in parts of `PART_BYTES`; no more than two of them are in memory."""
 
     _bucket: Bucket
     key: str
