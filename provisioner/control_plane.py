@@ -30,7 +30,7 @@ from provisioner.idle import IdleWatch
 from provisioner.image_gc import ImageGc
 from provisioner.lease import Lease
 from provisioner.ledger import Ledger
-from provisioner.ledger.records import InstanceRecord
+from provisioner.ledger.records import InstanceRecord, SnapshotState
 from provisioner.live_snapshots import LiveSnapshots
 from provisioner.loops import Loop
 from provisioner.metrics import Sampler
@@ -44,6 +44,7 @@ from provisioner.reload import LOOK_EVERY_S, Reload
 from provisioner.repair import Repair
 from provisioner.service import InstanceService
 from provisioner.settings import Settings
+from provisioner.snapshots.manifest import SnapshotId
 from provisioner.snapshots.store import SnapshotStore
 from provisioner.states import Wanted
 from provisioner.volumes.location import open_regions
@@ -134,7 +135,7 @@ class ControlPlane:
             Loop("disk", disk.step, every_s=settings.disk_check_s),
             Loop("sampler", sampler.step, every_s=settings.sample_s),
             # In a loop, not in the way of the start: a store that can't be reached is a warning, and tried again.
-            Loop("snapshot store", lambda: self.store.clean_up(older_than=ABANDONED_AFTER), every_s=PRUNE_EVERY_S),
+            Loop("snapshot store", self._clean_store, every_s=PRUNE_EVERY_S),
             Loop("images", image_gc.step, every_s=IMAGE_GC_EVERY_S),
             Loop("cloud", orphans.step, every_s=settings.cloud_check_s),
             Loop("events", self.ledger.events.prune, every_s=PRUNE_EVERY_S),
@@ -204,6 +205,16 @@ class ControlPlane:
         for instance_id in forced.keys() - self._killed:
             self.kill(forced[instance_id])
         self._killed = set(forced)
+
+    def _clean_store(self) -> None:
+        """Remove what crashes left in the store, but nothing of a snapshot that is still to be taken."""
+        pending = {
+            SnapshotId(instance_id=record.id, generation=snapshot.generation)
+            for record in self.ledger.instances.all()
+            for snapshot in record.snapshots
+            if snapshot.state is SnapshotState.PENDING
+        }
+        self.store.clean_up(older_than=ABANDONED_AFTER, spared=pending)
 
     def _prepare(self, work: Work) -> bool:
         self._lease.check()

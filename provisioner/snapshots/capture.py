@@ -385,14 +385,9 @@ class Capture:
 
     def _give_up(self, error: Exception) -> SnapshotFailed:
         """Leave nothing behind, let the container run again, and return what to raise."""
-        with contextlib.suppress(MachineuseError):
-            if self._writer is not None:
-                self._writer.abandon()
-                self._store.delete(self._request.snapshot)
-                if self._home_keeper is not None:
-                    self._home_keeper.discard()
         if self._writer is not None:  # else it may belong to a snapshot that is complete and only out of reach
-            self._remove_copy()
+            with contextlib.suppress(MachineuseError):
+                self._discard(self._writer)
         cause = error.message if isinstance(error, MachineuseError) else f"The archive could not be read: {error}."
         detail = error.detail if isinstance(error, MachineuseError) else repr(error)
         resolution = error.resolution if isinstance(error, MachineuseError) else None
@@ -412,6 +407,22 @@ class Capture:
         return SnapshotFailed(
             f"No snapshot was taken, the instance goes on running: {cause}", detail=detail, resolution=resolution
         )
+
+    def _discard(self, writer: SnapshotWriter) -> None:
+        """Remove what this attempt has made.
+
+        Who was frozen for long, or has lost its lease, fails where another attempt has long succeeded: what that one
+        has kept is all that is left of the instance.
+        """
+        writer.abandon()
+        with contextlib.suppress(SnapshotMissing):
+            if self._store.read_manifest(self._request.snapshot) != self._manifest:
+                log.warning("snapshot was taken by another", snapshot=str(self._request.snapshot))
+                return
+            self._store.delete(self._request.snapshot)
+        if self._home_keeper is not None:
+            self._home_keeper.discard()
+        self._remove_copy()
 
     def _remove_copy(self) -> None:
         with contextlib.suppress(MachineuseError):

@@ -39,7 +39,7 @@ class SnapshotWriter(Protocol):
         ...
 
     def abandon(self) -> None:
-        """Remove what was written. Idempotent; harmless after `commit`."""
+        """Remove what was written. Idempotent; harmless after `commit`, also that of another writer."""
         ...
 
 
@@ -78,8 +78,11 @@ class SnapshotStore(Protocol):
         """Remove a snapshot, its manifest first. Idempotent."""
         ...
 
-    def clean_up(self, *, older_than: timedelta) -> int:
-        """Remove what crashes left and nobody has written to for `older_than`; return how many snapshots that were."""
+    def clean_up(self, *, older_than: timedelta, spared: Collection[SnapshotId] = ()) -> int:
+        """Remove what crashes left and nobody has written to for `older_than`; return how many snapshots that were.
+
+        What is `spared` is being written, or will be again, whatever the clocks say. What is not ours is left alone.
+        """
         ...
 
 

@@ -267,6 +267,26 @@ class Trouble:
                 raise self.error()
 
 
+class Frozen(Trouble):
+    """Something else happens before one of the calls, as if whoever makes it had been frozen meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._meanwhile: Callable[[], None] = lambda: None
+
+    def plan_freeze(self, at: int, meanwhile: Callable[[], None]) -> None:
+        """Let `meanwhile` happen before call number `at`, counted from 0."""
+        self.calls, self.names = 0, []
+        self.freeze_at, self._meanwhile = at, meanwhile
+
+    def around(self, name: str, call: Callable[[], Any]) -> Any:
+        number, self.calls = self.calls, self.calls + 1
+        self.names.append(name)
+        if number == self.freeze_at:
+            self._meanwhile()
+        return call()
+
+
 class _Troubled:
     def __init__(self, trouble: Trouble, target: Any, returns: tuple[str, ...]) -> None:
         self._trouble = trouble
