@@ -90,7 +90,7 @@ def add(
     given: dict[str, Any] = {
         "id": node_id,
         "host": host,
-        "address": address or urlsplit(host).hostname or "localhost",
+        "address": address or _machine_in(host) or "localhost",
         "bind_ip": bind_ip,
         "ports": None if ports is None else _port_range(ports),
         "max_instances": max_instances,
@@ -296,12 +296,20 @@ def _ask_engine(settings: Settings, node: NodeSpec | None) -> str:
 
 def _refuse_unreachable_ports(host: str, *, bind_ip: str | None) -> None:
     """Refuse a node elsewhere whose ports would be bound to its own loopback, by default, where nobody reaches them."""
-    name = urlsplit(host).hostname
+    name = _machine_in(host)
     if bind_ip is None and name not in (None, "localhost", "::1") and not str(name).startswith("127."):
         raise InvalidRequest(
             f"The instances' ports would be bound to 127.0.0.1 on {name}, where nothing reaches them from here.",
             resolution="Give --bind-ip: an address of that node, best one of a private network.",
         )
+
+
+def _machine_in(host: str) -> str | None:
+    """Return the machine that an engine's URL names; None for a socket, and for what is no URL and is refused later."""
+    try:
+        return urlsplit(host).hostname
+    except ValueError:
+        return None
 
 
 def _port_range(text: str) -> dict[str, int]:

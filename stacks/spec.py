@@ -10,8 +10,9 @@ import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 DEFAULT_IMAGE = "ubuntu:22.04"
 """The image that the API's contract names as default; the catalogue says what really runs."""
@@ -71,7 +72,7 @@ class NodeSpec(Spec):
 
     id: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,30}$")
     host: str = "unix:///var/run/docker.sock"
-    """`unix://PATH`, `tcp://HOST:PORT` (with `cert_path`) or `ssh://USER@HOST[:PORT]`."""
+    """`unix://PATH`, `tcp://HOST:PORT` (with `cert_path`) or `ssh://USER@HOST[:PORT][/PATH]`."""
     cert_path: str | None = None
     """The directory of ca.pem, cert.pem and key.pem for `tcp://`, as Docker's own DOCKER_CERT_PATH."""
     ssh_opts: tuple[str, ...] = ()
@@ -87,11 +88,34 @@ class NodeSpec(Spec):
     """What the instances' homes are on: the node's own disk, or a cloud volume each."""
     cloud: CloudIdentity | None = None
 
+    @field_validator("host")
+    @classmethod
+    def _names_an_engine(cls, host: str) -> str:
+        if not _is_engine(host):
+            raise ValueError("it should be unix:///PATH, tcp://HOST:PORT or ssh://USER@HOST[:PORT]")
+        return host
+
     @model_validator(mode="after")
     def _volumes_have_a_cloud(self) -> Self:
         if self.volume == "ebs" and self.cloud is None:
             raise ValueError("volume: ebs needs cloud: {instance_id: …, zone: …}")
         return self
+
+
+def _is_engine(url: str) -> bool:
+    """Say whether this is a URL by which a Docker engine may be reached: whatever else it is would be guessed at."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return False
+    if any(char.isspace() for char in url) or not url.startswith(f"{parts.scheme}://"):
+        return False
+    if parts.scheme == "unix":
+        return not parts.netloc and parts.path not in ("", "/")
+    if parts.scheme == "tcp":
+        return bool(parts.hostname and port) and "@" not in parts.netloc and parts.path in ("", "/")
+    return parts.scheme == "ssh" and bool(parts.hostname) and parts.password is None
 
 
 class OfflinePolicy(Spec):
