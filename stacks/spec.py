@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -78,6 +78,7 @@ class NodeSpec(Spec):
     ssh_opts: tuple[str, ...] = ()
     """What is handed on to `ssh` for `ssh://`, such as `-i`, `keys/node-b`."""
     address: str = "localhost"
+    """Where clients reach the ports; where the host names a machine and nothing else is said, there."""
     bind_ip: str = "127.0.0.1"
     ports: PortRange = PortRange()
     max_instances: int = Field(default=50, ge=1)
@@ -87,6 +88,13 @@ class NodeSpec(Spec):
     volume: Literal["docker", "ebs"] = "docker"
     """What the instances' homes are on: the node's own disk, or a cloud volume each."""
     cloud: CloudIdentity | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_reached_where_its_engine_is(cls, said: Any) -> Any:
+        if isinstance(said, dict) and "address" not in said and (machine := machine_in(said.get("host"))):
+            return {**said, "address": machine}
+        return said
 
     @field_validator("host")
     @classmethod
@@ -100,6 +108,14 @@ class NodeSpec(Spec):
         if self.volume == "ebs" and self.cloud is None:
             raise ValueError("volume: ebs needs cloud: {instance_id: …, zone: …}")
         return self
+
+
+def machine_in(host: object) -> str | None:
+    """Return the machine that an engine's URL names; None for a socket, and for what is no URL."""
+    try:
+        return urlsplit(host).hostname if isinstance(host, str) else None
+    except ValueError:
+        return None
 
 
 def _is_engine(url: str) -> bool:

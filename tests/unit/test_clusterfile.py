@@ -38,6 +38,8 @@ HEAD = "config:\n  cluster:nodes:\n    - id: a\n    - id: b\n      host: ssh://b
             "node 'c': host: it should be unix:///PATH, tcp://HOST:PORT or",
         ),
         (f"{HEAD}    - host: ssh://c\n", 6, "node 3: id: Field required."),
+        (f"{HEAD}    - {{ id: c, host: ssh://b }}\n", 6, "node 'c': node 'b' has the host ssh://b already."),
+        (f"{HEAD}    - id: c\n", 6, "node 'c': node 'a' has the host unix:///var/run/docker.sock already."),
         (f"{HEAD}    - id: a\n", 2, "two nodes are called 'a'."),
         (f"{HEAD}  cluster:node: []\n", 6, "cluster:node is unknown; allowed are cluster:nodes, "),
         (
@@ -94,6 +96,18 @@ def test_an_engine_may_be_reached_by_socket_tcp_or_ssh(host: str) -> None:
 def test_what_is_no_engines_url_is_refused_before_anything_is_asked_there(host: str) -> None:
     with pytest.raises(ValidationError, match="it should be unix:///PATH, tcp://HOST:PORT or ssh://USER@HOST"):
         NodeSpec(id="a", host=host)
+
+
+def test_a_node_is_reached_where_its_engine_is_unless_the_file_says_otherwise() -> None:
+    assert NodeSpec(id="a").address == "localhost"
+    assert NodeSpec(id="a", host="ssh://root@far.example:2222").address == "far.example"
+    assert NodeSpec(id="a", host="tcp://[fd00::3]:2376").address == "fd00::3"
+    assert NodeSpec(id="a", host="tcp://10.0.0.3:2376", address="b.example").address == "b.example"
+
+
+def test_one_ssh_server_may_lead_to_several_engines() -> None:
+    text = f"{HEAD}      ssh_opts: [-p, '2201']\n    - {{ id: c, host: ssh://b, ssh_opts: [-p, '2202'] }}\n"
+    assert [node.id for node in parse_cluster(text, cluster="x", file="x").nodes] == ["a", "b", "c"]
 
 
 def test_a_document_that_is_no_map_is_a_mistake() -> None:
