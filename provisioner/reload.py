@@ -40,6 +40,7 @@ from provisioner.health import MOST_NODES_AT_ONCE
 from provisioner.ledger import Ledger
 from provisioner.ledger.records import InstanceRecord, NodeStatus
 from provisioner.outcomes import error_of
+from provisioner.prepull import note_images
 from provisioner.settings import Settings
 from provisioner.specs import all_urns, specs_of
 from provisioner.states import Wanted
@@ -311,6 +312,7 @@ class Reload:
     ) -> bool:
         """Run an update after which the stack is as `spec` says; return whether it is."""
         result = engine.update(program, targets=tuple(targets), excludes=tuple(excludes))
+        note_images(self._ledger, result)
         for urn, words in result.errors.items():
             error = error_of(words)
             if isinstance(error, LedgerMismatch):

@@ -166,6 +166,11 @@ class ClusterSpec(Spec):
             raise ValueError(f"two nodes are called '{twice[0]}'")
         return self
 
+    @property
+    def wanted_images(self) -> tuple[str, ...]:
+        """Return the images that every node should have before anybody needs them there."""
+        return tuple(sorted({self.helper_image, *self.images.values()}))
+
     def node(self, node_id: str) -> NodeSpec | None:
         """Return the node of that id, or None."""
         return next((node for node in self.nodes if node.id == node_id), None)

@@ -15,6 +15,7 @@ import pytest
 
 from provisioner.clusterfile import load
 from provisioner.ledger import Ledger
+from stacks.spec import BROWSER_IMAGE
 from tests.support.engine_proxy import EngineProxy
 from tests.support.engines import Engine
 from tests.support.service import Service
@@ -204,6 +205,27 @@ def test_an_engine_that_is_a_node_already_is_no_other_node_too(service: Service,
         until(lambda: any("is the engine of node 'b'" in message for _, message in events_of(service)))
         assert set(nodes_of(service)) == {"local", "b"}
         file_of(service).write_text(before)
+
+
+def test_a_new_node_gets_the_catalogues_images_and_no_node_leaves_anything_to_preview(service: Service) -> None:
+    with Engine("tcp", browser_image=False) as bare:
+        arguments = ("add", "bare", "--host", bare.url, "--bind-ip", bare.bind_ip)
+        assert "Node 'bare' is not added" in (said := refused(service, *arguments))
+        assert "it wants TLS, and the node has no cert_path" in said
+        run(service, *arguments, "--cert-path", str(bare.cert_path))
+        until(lambda: f"bare-image-{BROWSER_IMAGE}" in names_in_stack(service), timeout_s=180)
+        assert bare.client().images.list(BROWSER_IMAGE)
+        assert_unchanged(service)
+        copied = [message for kind, message in events_of(service) if kind == "copy" and BROWSER_IMAGE in message]
+        assert copied[0].startswith(f"copying {BROWSER_IMAGE} from ")
+        assert any(" of about " in message for message in copied)
+        for command in ("cordon", "uncordon"):
+            run(service, command, "bare")
+            until(lambda: events_of(service)[-1][0] == "node_changed")
+            assert_unchanged(service)
+        run(service, "remove", "bare")
+        until(lambda: not any("bare" in name for name in names_in_stack(service)))
+        assert_unchanged(service)
 
 
 def test_a_node_with_instances_is_drained_before_it_is_removed(service: Service, node_b: str) -> None:
