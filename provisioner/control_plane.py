@@ -28,6 +28,7 @@ from provisioner.guard import LedgerGuard
 from provisioner.health import NodeHealth
 from provisioner.idle import IdleWatch
 from provisioner.image_gc import ImageGc
+from provisioner.image_supply import ImageSupply
 from provisioner.lease import Lease
 from provisioner.ledger import Ledger
 from provisioner.ledger.records import InstanceRecord, SnapshotState
@@ -39,6 +40,8 @@ from provisioner.plugins.docker.provider import DockerProvider
 from provisioner.plugins.host import PluginHost
 from provisioner.plugins.machineuse.servicer import MachineusePlugin
 from provisioner.preparation import Preparation
+from provisioner.prepull import LOOK_EVERY_S as PREPULL_EVERY_S
+from provisioner.prepull import Prepull
 from provisioner.readiness import Readiness
 from provisioner.reload import LOOK_EVERY_S, Reload
 from provisioner.repair import Repair
@@ -121,6 +124,8 @@ class ControlPlane:
         live = LiveSnapshots(self.ledger, cluster=self.cluster, settings=settings, changes=self.changes)
         sampler = Sampler(self.ledger, cluster=self.cluster, hosts=self.hosts)
         image_gc = ImageGc(self.ledger, cluster=self.cluster, hosts=self.hosts, store=self.store)
+        supply = ImageSupply(self.ledger, cluster=self.cluster, hosts=self.hosts)
+        self._prepull = Prepull(self.ledger, cluster=self.cluster, supply=supply)
         self._killed: set[str] = set()
         orphans = CloudOrphans(self.ledger, cluster=self.cluster, regions=regions)
         self._loops = [
@@ -136,6 +141,7 @@ class ControlPlane:
             Loop("sampler", sampler.step, every_s=settings.sample_s),
             # In a loop, not in the way of the start: a store that can't be reached is a warning, and tried again.
             Loop("snapshot store", self._clean_store, every_s=PRUNE_EVERY_S),
+            Loop("prepull", self._prepull.step, every_s=PREPULL_EVERY_S),
             Loop("images", image_gc.step, every_s=IMAGE_GC_EVERY_S),
             Loop("cloud", orphans.step, every_s=settings.cloud_check_s),
             Loop("events", self.ledger.events.prune, every_s=PRUNE_EVERY_S),
@@ -155,6 +161,7 @@ class ControlPlane:
         self._plugins.start()
         self._engine = Engine(self.settings, debug_providers=self._plugins.debug_providers, lease=self._lease)
         self._reload.apply_all(self._engine)
+        self._prepull.use(self._engine)
         self._converger = Converger(
             self.ledger,
             cluster=self.cluster,

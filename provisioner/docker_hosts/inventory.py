@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from provisioner.docker_hosts.hosts import DockerHost
+from provisioner.docker_hosts.networks import find_network
 from provisioner.errors import DockerNotFound
-from stacks.names import CLUSTER_LABEL, INSTANCE_LABEL, LEDGER_LABEL
+from stacks.names import CLUSTER_LABEL, INSTANCE_LABEL, LEDGER_LABEL, URN_LABEL, Names, network_name
 
 _LOG_BYTES = 4096
 _LOG_LINES = 3
@@ -82,6 +83,16 @@ def list_volumes(host: DockerHost, *, cluster: str, ledger_id: str) -> list[List
         ListedVolume(name=row["Name"], instance_id=(row.get("Labels") or {}).get(INSTANCE_LABEL))
         for row in answer.get("Volumes") or ()
     ]
+
+
+def find_owner(host: DockerHost, *, cluster: str, ledger_id: str) -> str | None:
+    """Return the id of the node that this engine is, or was, in the cluster; None where it never was one.
+
+    The cluster's network there says so. Raises DockerError.
+    """
+    network = find_network(host, Names(cluster).docker_network(ledger_id))
+    urn = str(((network or {}).get("Labels") or {}).get(URN_LABEL, ""))
+    return urn.rpartition("::")[2].removesuffix(network_name("")) or None
 
 
 def describe_container(host: DockerHost, *, name: str) -> ContainerState | None:
