@@ -91,6 +91,15 @@ def test_a_profile_comes_back_from_a_bucket_that_can_not_read_it(
     refused = service.machineuse("snapshots", "drop-key", str(first))
     assert f"Key {first} is still needed for 1 snapshots, {instance_id}/" in refused.stderr
 
+    # Without its key it is neither lost nor damaged: it sleeps on, says what is missing, and wakes once that is back.
+    away = keys.path.rename(keys.path.with_name("away"))
+    unread = service.post(f"{instance_id}/revive", method="full_restore")
+    assert (unread.status_code, unread.json()["code"]) == (409, "snapshot_key_missing"), unread.text
+    assert f"key file {keys.path} can't be read" in unread.json()["detail"]
+    wait_until(lambda: service.get(instance_id)["operation"] is None, what="it has settled")
+    assert service.get(instance_id)["status"] == "dormant"
+    away.rename(keys.path)
+
     service.stop()
     service.start()
     revived = service.post(f"{instance_id}/revive", method="full_restore")
