@@ -26,6 +26,7 @@ from provisioner.errors import (
     NotFound,
     SnapshotCorrupt,
     SnapshotFailed,
+    SnapshotKeyMissing,
     SnapshotMissing,
 )
 from provisioner.images import ImageCatalogue, ResolvedImage
@@ -42,7 +43,7 @@ QUICK_START = "quick_start"
 FULL_RESTORE = "full_restore"
 
 _RAISED_FROM_RECORD: dict[str, type[MachineuseError]] = {
-    error.code: error for error in (SnapshotFailed, SnapshotCorrupt, SnapshotMissing)
+    error.code: error for error in (SnapshotFailed, SnapshotCorrupt, SnapshotKeyMissing, SnapshotMissing)
 }
 
 

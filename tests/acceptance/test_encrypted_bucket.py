@@ -1,4 +1,4 @@
-"""A life of an instance whose snapshots are encrypted and kept in a bucket of a real S3 server, through the API."""
+"""Lives of instances whose snapshots are encrypted and kept in a bucket of a real S3 server, through the API."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from provisioner.snapshots.keyfile import KeyFile
 from provisioner.snapshots.location import parse_s3_url
 from tests.conftest import StartService
 from tests.support.browsing import new_page
+from tests.support.engines import Engine
 from tests.support.s3_server import S3Server
 from tests.support.service import COMMAND, Service
+from tests.support.watched import wait_until
 
 SMALL = {"memory_gb": 0.5, "cpu_cores": 1}
 PAGE = "http://visit.test/"
@@ -89,6 +91,15 @@ def test_a_profile_comes_back_from_a_bucket_that_can_not_read_it(
     refused = service.machineuse("snapshots", "drop-key", str(first))
     assert f"Key {first} is still needed for 1 snapshots, {instance_id}/" in refused.stderr
 
+    # Without its key it is neither lost nor damaged: it sleeps on, says what is missing, and wakes once that is back.
+    away = keys.path.rename(keys.path.with_name("away"))
+    unread = service.post(f"{instance_id}/revive", method="full_restore")
+    assert (unread.status_code, unread.json()["code"]) == (409, "snapshot_key_missing"), unread.text
+    assert f"key file {keys.path} can't be read" in unread.json()["detail"]
+    wait_until(lambda: service.get(instance_id)["operation"] is None, what="it has settled")
+    assert service.get(instance_id)["status"] == "dormant"
+    away.rename(keys.path)
+
     service.stop()
     service.start()
     revived = service.post(f"{instance_id}/revive", method="full_restore")
@@ -102,3 +113,44 @@ def test_a_profile_comes_back_from_a_bucket_that_can_not_read_it(
     assert service.machineuse("snapshots", "drop-key", str(first)).returncode == 0
     listed = service.machineuse("snapshots", "keys").stdout
     assert listed == f"{keys.load().primary_id} (encrypts new snapshots)\n"
+
+
+def test_sleepers_wake_from_the_bucket_while_their_node_is_lost_and_after_it_was_removed(
+    start_service: StartService, server: S3Server, keys: KeyFile
+) -> None:
+    with Engine() as lost, Engine() as other:
+        service = start_service(
+            nodes=[lost.node("a"), other.node("b")],
+            snapshot_store=server.url("lost"),
+            snapshot_keys=str(keys.path),
+            heartbeat_s=0.5,
+            node_timeout_s=1,
+            offline_after_misses=2,
+        )
+        sleepers = [service.create(config=SMALL, node_preference="a")["id"] for _ in range(2)]
+        for instance_id in sleepers:
+            container = lost.client().containers.get(service.container_name(instance_id))
+            container.exec_run(["sh", "-c", f"echo {instance_id} > /home/machine/note"])
+            container.exec_run(["sh", "-c", f"echo {instance_id} > /opt/changed"], user="0")
+            assert service.post(f"{instance_id}/dormant").json()["status"] == "dormant"
+        lost.kill()
+        wait_until(lambda: service.http.get("/v2/nodes/a").json()["status"] == "offline", what="its node is offline")
+
+        for instance_id in sleepers:
+            woken = service.post(f"{instance_id}/revive", method="quick_start").json()
+            assert (woken["status"], woken["node_id"], woken["restored_by"]) == ("running", "b", "full_restore"), woken
+            assert "no copy" in woken["restore_note"]
+            events = service.http.get(f"/v2/instances/{instance_id}/events").json()
+            assert any(woken["restore_note"] in each["message"] for each in events if each["kind"] == "restored")
+            container = other.client().containers.get(service.container_name(instance_id))
+            for path in ("/home/machine/note", "/opt/changed"):
+                assert container.exec_run(["cat", path]).output.decode().strip() == instance_id
+            service.write_cluster_file([other.node("b")])  # the next one's node is not even in the file
+            wait_until(
+                lambda: [node["id"] for node in service.http.get("/v2/nodes").json()["nodes"]] == ["b"],
+                what="the node is gone for good",
+            )
+        for instance_id in sleepers:
+            assert service.delete(instance_id).status_code == 200
+        bucket = Bucket(parse_s3_url(server.url()))
+        assert [each.key for each in (*bucket.list("lost/"), *bucket.list_uploads("lost/"))] == []
