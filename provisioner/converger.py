@@ -300,7 +300,7 @@ class Converger:
         if record.generation != generation or node is None or record.debug_port is None or record.stream_port is None:
             return None
         taken = loads.ports(node.id)
-        free = [p for p in range(node.ports.last, node.ports.first, -1) if p not in taken][:2]
+        free = [p for p in range(node.ports.last, node.ports.first - 1, -1) if p not in taken][:2]
         # The first tries are made at once; a repair, which is never given up, then takes its time.
         delay_s = _delay_s(record.attempts) if record.attempts >= self._settings.create_attempts else 0.0
         if len(free) < 2:

@@ -67,13 +67,14 @@ class World:
         self.answering = True
         """Whether browsers answer at once."""
         self.engine.before_delete = self._guard
+        self.cluster = Cluster(ClusterSpec(name="unit"))
         self.crash()
 
     def crash(self) -> None:
         """Begin anew with what is in the ledger."""
         self.converger = Converger(
             self.ledger,
-            cluster=Cluster(ClusterSpec(name="unit")),
+            cluster=self.cluster,
             settings=Settings(create_attempts=self.attempts),
             engine=self.engine,
             changes=Changes(),

@@ -20,6 +20,7 @@ from provisioner.ledger.instances import Update
 from provisioner.ledger.records import SnapshotRecord, SnapshotState
 from provisioner.states import Status, Wanted
 from provisioner.work import find_error, plan
+from stacks.spec import ClusterSpec, NodeSpec, PortRange
 from tests.support.fake_engine import Died
 from tests.support.records import make_record
 from tests.support.world import ID, NAMES, World, empty_ledger
@@ -161,6 +162,17 @@ def test_a_taken_port_is_changed(world: World) -> None:
     world.settle()
     assert world.record.status is Status.RUNNING
     assert (world.record.debug_port, world.record.stream_port) == (24999, 24998)
+
+
+def test_a_taken_port_is_changed_for_any_of_the_nodes(world: World) -> None:
+    world.cluster.replace(
+        ClusterSpec(name="unit", nodes=(NodeSpec(id="local", ports=PortRange(first=20999, last=21002)),))
+    )
+    world.engine.fail = {CONTAINER: "A port is taken. [port_taken]"}
+    world.wish_step("create")
+    assert (world.record.debug_port, world.record.stream_port) == (21000, 21001)
+    world.converger.step()
+    assert (world.record.debug_port, world.record.stream_port) == (21002, 20999)
 
 
 def test_wishes_of_one_moment_share_updates_and_a_failing_one_harms_nobody(world: World) -> None:
