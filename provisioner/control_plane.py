@@ -36,6 +36,7 @@ from provisioner.live_snapshots import LiveSnapshots
 from provisioner.loops import Loop
 from provisioner.metrics import Sampler
 from provisioner.moves import Mover
+from provisioner.node_disk import NodeDisks
 from provisioner.plugins.docker.provider import DockerProvider
 from provisioner.plugins.host import PluginHost
 from provisioner.plugins.machineuse.servicer import MachineusePlugin
@@ -120,6 +121,7 @@ class ControlPlane:
             self.ledger, service=self.instances, cluster=self.cluster, settings=settings, changes=self.changes
         )
         disk = DiskWatch(self.ledger, cluster=self.cluster, hosts=self.hosts)
+        node_disks = NodeDisks(self.ledger, cluster=self.cluster, hosts=self.hosts)
         moves = Mover(self.ledger, cluster=self.cluster, service=self.instances, settings=settings)
         live = LiveSnapshots(self.ledger, cluster=self.cluster, settings=settings, changes=self.changes)
         sampler = Sampler(self.ledger, cluster=self.cluster, hosts=self.hosts)
@@ -138,6 +140,7 @@ class ControlPlane:
             Loop("live snapshots", live.step, every_s=settings.idle_check_s),
             Loop("idle", idle.step, every_s=settings.idle_check_s),
             Loop("disk", disk.step, every_s=settings.disk_check_s),
+            Loop("node disks", node_disks.step, every_s=settings.disk_check_s),
             Loop("sampler", sampler.step, every_s=settings.sample_s),
             # In a loop, not in the way of the start: a store that can't be reached is a warning, and tried again.
             Loop("snapshot store", self._clean_store, every_s=PRUNE_EVERY_S),

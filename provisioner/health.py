@@ -119,9 +119,9 @@ class NodeHealth:
             self._changes.work.set()
 
     def _measure(self, node: NodeSpec, info: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the use of a node that is this machine; of any other the sampler tells, from its containers."""
+        """Return the use of a node that is this machine; of any other, metrics.py and node_disk.py tell."""
         if not machine.is_same_machine(node.host, info):
-            return {"disk_bytes": None, "disk_percent": None}
+            return {}
         disk = machine.measure_disk(info["DockerRootDir"])
         return {
             "cpu_percent": self._meters[node.id].read(),

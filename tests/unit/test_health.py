@@ -91,7 +91,7 @@ def test_a_node_is_online_with_its_first_answer(scene: Scene) -> None:
     node = scene.beat(up=True)
     assert node.status is NodeStatus.ONLINE
     assert (node.cpu_cores, node.memory_bytes, node.disk_quota) == (4, 8 * 2**30, True)
-    assert node.disk_percent is None, "the disk of another machine is unknown"
+    assert node.disk_percent is None, "a heartbeat does not tell the disk of another machine"
     assert scene.changes.work.is_set()
 
 
