@@ -6,12 +6,10 @@ import tempfile
 from pathlib import Path
 
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import SecretStr
 
-from provisioner.ledger import Ledger, database
 from provisioner.ledger.instances import Update
 from provisioner.ledger.records import NodeStatus
 from provisioner.states import Wanted
@@ -60,8 +58,8 @@ def test_sums_are_kept_in_step_with_the_instances(steps: list[tuple[str, str, di
         ledger.close()
 
 
-def test_a_placement_sees_what_nodes_have_and_have_promised(tmp_path: Path) -> None:
-    ledger = empty_ledger(tmp_path)
+def test_a_placement_sees_what_nodes_have_and_have_promised(ledger_location: Path | SecretStr) -> None:
+    ledger = empty_ledger(ledger_location)
     ledger.nodes.sync([NodeSpec(id="a"), NodeSpec(id="b", labels={"zone": "ü"})])
     ledger.nodes.observe("a", values={"status": NodeStatus.ONLINE, "cpu_cores": 4, "cpu_percent": 7.5})
     ledger.instances.create(lambda _: (make_record(node_id="a", memory_gb=0.0001, disk_gb=2), "made"))
@@ -75,31 +73,4 @@ def test_a_placement_sees_what_nodes_have_and_have_promised(tmp_path: Path) -> N
     )
     assert (second.online, second.labels, second.instances) == (False, {"zone": "ü"}, 0)
     assert ledger.nodes.online() == {"a"}
-    ledger.close()
-
-
-def test_a_ledger_of_before_gets_its_sums_from_its_instances(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.db"
-    opened = database.Database(path)
-    config = Config()
-    config.set_main_option("script_location", str(Path(database.__file__).parent / "migrations"))
-    with opened.write() as connection:
-        config.attributes["connection"] = connection
-        command.upgrade(config, "0001")
-        table = sa.Table("instances", sa.MetaData(), autoload_with=connection)
-        for number, fields in enumerate(
-            [
-                {"node_id": "a", "memory_gb": 0.3},
-                {"node_id": "a", "body": False, "wanted": Wanted.RUNNING},
-                {"node_id": "b", "body": True, "wanted": Wanted.DORMANT},
-                {"node_id": "b", "body": False, "wanted": Wanted.DORMANT},
-            ]
-        ):
-            record = make_record(id=f"mu-{number}", **fields)
-            row = {name: getattr(record, name) for name in table.columns.keys()}  # noqa: SIM118
-            connection.execute(table.insert().values(row | {"wanted": record.wanted.value, "status": "running"}))
-    opened.close()
-    ledger = Ledger.create(path)
-    assert [load.instances for load in ledger.instances.loads()] == [2, 1]
-    assert ledger.instances.loads() == sum_up(ledger.instances.all())
     ledger.close()
