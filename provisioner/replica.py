@@ -46,6 +46,7 @@ class Replica:
         self.cluster = Cluster(read_cluster(settings.project_dir, cluster=settings.cluster))
         self._store = open_store(settings)
         self.ledger = Ledger.create(settings.ledger_location)
+        self.ledger.claim(self.cluster.name)
         self.changes = Changes()
         self._hosts = DockerHosts(base_dir=settings.project_dir, timeout_s=settings.node_timeout_s)
         self.instances = InstanceService(

@@ -35,6 +35,7 @@ async def main() -> None:
         raise pulumi.RunError(f"Pulumi.{pulumi.get_stack()}.yaml: {explain(error, fields=said)}") from error
     try:
         ledger = Ledger.open(Settings().ledger_location)
+        ledger.check_cluster(spec.name)
     except MachineuseError as error:
         raise pulumi.RunError(error.explain()) from error
     if not pulumi.runtime.is_dry_run() and ledger.fact(APPLIED) != fingerprint(spec):

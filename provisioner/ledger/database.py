@@ -130,12 +130,15 @@ class Database:
 
     def make_id(self) -> str:
         """Give this ledger an id unless it has one; return the id it has."""
+        return self.settle_fact("ledger_id", secrets.token_hex(8))
+
+    def settle_fact(self, name: str, value: str) -> str:
+        """Write down a fact that never changes, unless it is known; return what is known."""
         with self.write() as connection:
-            value = connection.scalar(sa.select(tables.facts.c.value).where(tables.facts.c.name == "ledger_id"))
-            if value is None:
-                value = secrets.token_hex(8)
-                connection.execute(tables.facts.insert().values(name="ledger_id", value=value))
-        return str(value)
+            known = connection.scalar(sa.select(tables.facts.c.value).where(tables.facts.c.name == name))
+            if known is None:
+                connection.execute(tables.facts.insert().values(name=name, value=value))
+        return value if known is None else str(known)
 
     def fact(self, name: str) -> str | None:
         """Return a fact about the cluster that was written down, or None."""

@@ -47,6 +47,16 @@ def test_a_ledger_keeps_its_id(ledger: Ledger) -> None:
     assert Ledger.open(ledger.location).id == ledger.id
 
 
+def test_a_ledger_belongs_to_one_cluster(ledger: Ledger) -> None:
+    ledger.check_cluster("b")  # nobody has said yet whose it is
+    ledger.claim("a")
+    ledger.claim("a")
+    ledger.check_cluster("a")
+    for use in (ledger.claim, ledger.check_cluster):
+        with pytest.raises(LedgerMismatch, match="that of cluster 'a', and this is cluster 'b'"):
+            use("b")
+
+
 def test_no_ledger_is_never_an_empty_one(tmp_path: Path) -> None:
     with pytest.raises(LedgerMismatch, match="no ledger at") as caught:
         Ledger.open(tmp_path / "ledger.db")

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pytest
 
 from provisioner import replica as module
-from provisioner.errors import LedgerUnavailable
+from provisioner.errors import LedgerMismatch, LedgerUnavailable
 from provisioner.lease import LEASE
 from provisioner.replica import Replica
 from provisioner.settings import Settings
@@ -85,3 +85,10 @@ def test_it_tries_again_whatever_its_start_failed_with(replica: Replica, monkeyp
         assert not replica.is_leading
         wait_until(lambda: replica.is_leading, what="it leads")
     assert Listening.said == ["made", "stopped", "made", "stopped", "made", "started"]
+
+
+def test_the_ledger_of_another_cluster_is_refused(replica: Replica, tmp_path: Path) -> None:
+    """A second one would be given the instances of the first, with empty homes."""
+    ledger = replica.settings.data_dir / "ledger.db"
+    with pytest.raises(LedgerMismatch, match="cluster 'local', and this is cluster 'other'"):
+        Replica(Settings(project_dir=tmp_path, data_dir=tmp_path / "b", cluster="other", ledger=str(ledger)))
