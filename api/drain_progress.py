@@ -33,7 +33,7 @@ def follow(ledger: Ledger, *, node_id: str, heartbeat_s: float) -> None:
 def _follow_live(ledger: Ledger, *, node_id: str, heartbeat_s: float) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, transient=True) as progress:
         task = progress.add_task("draining", total=None)
 
@@ -41,7 +41,10 @@ def _follow_live(ledger: Ledger, *, node_id: str, heartbeat_s: float) -> None:
             doing = ", ".join(f"{instance_id}: {what}" for instance_id, what in list(now.moving.items())[:2])
             progress.update(task, total=most, completed=most - now.left, description=doing or "draining")
 
-        _follow(ledger, node_id=node_id, heartbeat_s=heartbeat_s, say=progress.console.print, show=show)
+        def say(line: str) -> None:
+            progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+        _follow(ledger, node_id=node_id, heartbeat_s=heartbeat_s, say=say, show=show)
 
 
 def _follow(

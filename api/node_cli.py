@@ -7,17 +7,17 @@ others' parts.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import urlsplit
 
 import typer
 
 from api.options import ClusterOption, DataDirOption, read_settings
-from provisioner.errors import Conflict, InvalidRequest, LedgerMismatch, NotFound
+from provisioner.errors import Conflict, DockerError, InvalidRequest, LedgerMismatch, NotFound
 
 if TYPE_CHECKING:
     from provisioner.ledger import Ledger
@@ -33,30 +33,24 @@ NodeId = Annotated[str, typer.Argument(metavar="ID", help="The node's id.")]
 @app.command("list")
 def list_nodes(data_dir: DataDirOption = None, cluster: ClusterOption = None) -> None:
     """List the nodes that the file names, with what the service last saw of them."""
-    from rich.console import Console
-    from rich.table import Table
-
     settings = read_settings(data_dir=data_dir, cluster=cluster)
     spec = _read(settings)
     with _ledger(settings) as ledger:
         seen = {node.id: node for node in ledger.nodes.list()} if ledger else {}
         records = ledger.instances.all() if ledger else []
-    table = Table(box=None, pad_edge=False)
-    for column in ("id", "host", "status", "availability"):
-        table.add_column(column, no_wrap=True)
-    for column in ("instances", "labels", "error"):
-        table.add_column(column, overflow="fold")
-    for node in spec.nodes:
-        table.add_row(*_row(node, seen=seen.get(node.id), records=records))
+    rows = [_row(node, seen=seen.get(node.id), records=records) for node in spec.nodes]
+    troubles = [(node.id, seen[node.id].error) for node in spec.nodes if node.id in seen]
     named = {node.id for node in spec.nodes}
     for node_id in sorted({record.node_id for record in records if record.body} - named):
         counts = _count(record for record in records if record.node_id == node_id and record.body)
-        host = seen[node_id].host if node_id in seen else ""
-        table.add_row(node_id, host, "", "not in the file", counts, "", "it has instances: put it back, and drain it")
-    console = Console()
-    console.print(table)
+        rows.append([node_id, seen[node_id].host if node_id in seen else "", "", "not in the file", counts, ""])
+        troubles.append((node_id, "It has instances: put it back into the file, and drain it."))
+    _show_table(("id", "host", "status", "availability", "instances", "labels"), rows)
+    for node_id, trouble in troubles:  # below the table: each is one line, however wide the terminal is
+        if trouble:
+            typer.echo(f"{node_id}: {trouble}")
     if seen and not _service_runs(settings):
-        console.print("No service runs: the status is as it was last seen.")
+        typer.echo("No service runs: the status is as it was last seen.")
 
 
 @app.command()
@@ -85,12 +79,13 @@ def add(
 ) -> None:
     """Add a node, once its Docker engine answers."""
     from provisioner.clustertext import add_node
+    from stacks.spec import machine_in
 
     settings = read_settings(data_dir=data_dir, cluster=cluster)
     given: dict[str, Any] = {
         "id": node_id,
         "host": host,
-        "address": address or urlsplit(host).hostname or "localhost",
+        "address": address or machine_in(host) or "localhost",
         "bind_ip": bind_ip,
         "ports": None if ports is None else _port_range(ports),
         "max_instances": max_instances,
@@ -103,8 +98,11 @@ def add(
     entry = {key: value for key, value in given.items() if value is not None}
     _refuse_unreachable_ports(host, bind_ip=bind_ip)
     node = _node_of(settings, add_node, entry)  # refuses what is wrong with it before the engine is asked
+    assert node is not None
+    spec = _read(settings)
+    _refuse_ports_of_others(spec, node)
     if not unchecked:
-        typer.echo(_ask_engine(settings, node))
+        typer.echo(_ask_engine(settings, spec, node))
     _edit(settings, lambda text: add_node(text, entry))
     typer.echo(f"Node {node_id} is added.")
     _tell_next(settings)
@@ -268,8 +266,21 @@ def _row(node: NodeSpec, *, seen: NodeRecord | None, records: list[InstanceRecor
         node.availability.value,
         _count(record for record in records if record.node_id == node.id),
         ", ".join(f"{key}={value}" for key, value in sorted({**(seen.labels if seen else {}), **node.labels}.items())),
-        (seen.error or "") if seen else "",
     ]
+
+
+def _show_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table as wide as the terminal, or as wide as it is where a program reads it."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold", no_wrap=column not in ("instances", "labels"))
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))  # nothing in a name is markup
+    Console(width=None if sys.stdout.isatty() else 10_000).print(table)
 
 
 def _count(records: Any) -> str:
@@ -277,16 +288,27 @@ def _count(records: Any) -> str:
     return ", ".join(f"{count} {status}" for status, count in sorted(counts.items())) or "none"
 
 
-def _ask_engine(settings: Settings, node: NodeSpec | None) -> str:
-    """Return what the node's engine says of itself in one line. Raises DockerError."""
+def _ask_engine(settings: Settings, spec: ClusterSpec, node: NodeSpec) -> str:
+    """Return what a new node's engine says of itself, in one line. Raises DockerError; Conflict for a known one."""
     from provisioner.docker_hosts.hosts import DockerHosts
+    from provisioner.docker_hosts.inventory import find_owner
 
-    assert node is not None
     hosts = DockerHosts(base_dir=settings.project_dir, timeout_s=settings.node_timeout_s)
     try:
-        info = hosts.of(node).info()
+        host = hosts.of(node)
+        info = host.info()
+        with _ledger(settings) as ledger:
+            owner = find_owner(host, cluster=spec.name, ledger_id=ledger.id) if ledger else None
+    except DockerError as error:  # without its detail: the reason is in the message, and one line is what is read
+        resolution = f"{error.resolution or ''} (--unchecked adds it all the same.)".strip()
+        raise type(error)(f"Node '{node.id}' is not added: {error.message}", resolution=resolution) from error
     finally:
         hosts.close()
+    if owner is not None and spec.node(owner) is not None:
+        raise Conflict(
+            f"Node '{node.id}' is not added: behind {node.host} is the engine of node '{owner}'.",
+            resolution=f"To reach node '{owner}' that way, change its host in the cluster's file.",
+        )
     memory_gb = int(info.get("MemTotal") or 0) / 2**30
     return (
         f"Its engine answers: {info.get('Name')}, Docker {info.get('ServerVersion')}, {info.get('NCPU')} CPUs,"
@@ -294,9 +316,22 @@ def _ask_engine(settings: Settings, node: NodeSpec | None) -> str:
     )
 
 
+def _refuse_ports_of_others(spec: ClusterSpec, node: NodeSpec) -> None:
+    """Refuse ports at which clients find another node's instances: they would end in somebody else's browser."""
+    for other in spec.nodes:
+        first, last = max(node.ports.first, other.ports.first), min(node.ports.last, other.ports.last)
+        if other.address == node.address and first <= last:
+            raise Conflict(
+                f"Node '{node.id}' is not added: node '{other.id}' has the ports {first}-{last} of {node.address}.",
+                resolution="Give --ports, or another --address.",
+            )
+
+
 def _refuse_unreachable_ports(host: str, *, bind_ip: str | None) -> None:
     """Refuse a node elsewhere whose ports would be bound to its own loopback, by default, where nobody reaches them."""
-    name = urlsplit(host).hostname
+    from stacks.spec import machine_in
+
+    name = machine_in(host)
     if bind_ip is None and name not in (None, "localhost", "::1") and not str(name).startswith("127."):
         raise InvalidRequest(
             f"The instances' ports would be bound to 127.0.0.1 on {name}, where nothing reaches them from here.",

@@ -77,11 +77,20 @@ def _key_file(settings: Settings) -> KeyFile:
 
 def _encrypted_with(settings: Settings, key_id: int) -> list[str]:
     from provisioner.ledger import Ledger
+    from provisioner.ledger.records import SnapshotState
     from provisioner.snapshots.location import open_store
 
     ledger, store = Ledger.open(settings.ledger_location), open_store(settings)
     try:
-        manifests = [manifest for record in ledger.instances.all() for manifest in store.list(record.id)]
+        records = ledger.instances.all()
+        # Before the store is looked at: what is complete by then is found there.
+        taking = [each.id for each in records for one in each.snapshots if one.state is SnapshotState.PENDING]
+        if taking:
+            raise SettingsError(
+                f"A snapshot of {taking[0]} is being taken, maybe with key {key_id}.",
+                resolution="Try again once it is taken.",
+            )
+        manifests = [manifest for record in records for manifest in store.list(record.id)]
     finally:
         ledger.close()
     return [str(each.id) for each in manifests if each.encryption and each.encryption.key_id == key_id]

@@ -48,35 +48,33 @@ _PROXIES = ("http_proxy", "https_proxy", "no_proxy")
 OnProgress = Callable[[str], None]
 
 
-def ensure_browser_image(
-    *, on_progress: OnProgress, host: str = LOCAL_ENGINE, tag: str = BROWSER_IMAGE, recipe: Path = RECIPE
-) -> str:
-    """Build the browser image on an engine, unless the image of that tag has this very recipe; say what it is.
+def ensure_browser_image(*, on_progress: OnProgress) -> str:
+    """Build the browser image on this machine's engine, unless the one there has this very recipe; say what it is.
 
     Takes a second when it is there and one to three minutes when it isn't. The tag moves only once the new image is
     whole; the old image stays, because instances and snapshots may rest on it. Raises `SetupError` when no base can
     be had or the recipe fails on all of them, `NodeUnreachable` when the engine doesn't answer.
     """
-    files = read_recipe(recipe)
+    files = read_recipe()
     content = hash_recipe(files)
-    engine = DockerHost(host)
+    engine = DockerHost(LOCAL_ENGINE)
     try:
-        image = find_image(engine, tag)
+        image = find_image(engine, BROWSER_IMAGE)
         if image is None or image.labels.get(CONTENT_LABEL) != content:
-            _build(engine, files, content=content, tag=tag, on_progress=on_progress)
-            image = find_image(engine, tag)
+            _build(engine, files, content=content, on_progress=on_progress)
+            image = find_image(engine, BROWSER_IMAGE)
         if image is None:
-            raise SetupError(f"The browser image {tag} was built, but the engine doesn't have it.")
-        return _describe(image, tag=tag, size_bytes=image_bytes(engine, tag))
+            raise SetupError(f"The browser image {BROWSER_IMAGE} was built, but the engine doesn't have it.")
+        return _describe(image, size_bytes=image_bytes(engine, BROWSER_IMAGE))
     finally:
         engine.close()
 
 
-def read_recipe(recipe: Path = RECIPE) -> dict[str, bytes]:
+def read_recipe() -> dict[str, bytes]:
     """Return the files that the image is built from, by their path in the build context."""
-    names = (path.relative_to(recipe) for path in sorted(recipe.rglob("*")) if path.is_file())
+    names = (path.relative_to(RECIPE) for path in sorted(RECIPE.rglob("*")) if path.is_file())
     return {
-        name.as_posix(): (recipe / name).read_bytes()
+        name.as_posix(): (RECIPE / name).read_bytes()
         for name in names
         if name.name not in _NOT_IN_IMAGE and not any(part.startswith((".", "__pycache__")) for part in name.parts)
     }
@@ -99,7 +97,7 @@ class _Base:
     provide: Callable[[], str]
 
 
-def _build(engine: DockerHost, files: dict[str, bytes], *, content: str, tag: str, on_progress: OnProgress) -> None:
+def _build(engine: DockerHost, files: dict[str, bytes], *, content: str, on_progress: OnProgress) -> None:
     context = pack_context(files)
     proxies = {name: value for name in _PROXIES if (value := os.environ.get(name))}
     failures: list[str] = []
@@ -117,7 +115,7 @@ def _build(engine: DockerHost, files: dict[str, bytes], *, content: str, tag: st
             continue
         labels = {CONTENT_LABEL: content, BASE_LABEL: versions["base"], CHROMIUM_LABEL: versions["chromium"]}
         lines = [f"FROM {built}", *(f'LABEL {name}="{value}"' for name, value in labels.items())]
-        build_image(engine, pack_context({"Dockerfile": "\n".join(lines).encode()}), tag=tag)
+        build_image(engine, pack_context({"Dockerfile": "\n".join(lines).encode()}), tag=BROWSER_IMAGE)
         return
     raise SetupError(
         "The browser image could not be built on any base.",
@@ -211,7 +209,7 @@ def _host_mirrors() -> list[str]:
     return lines
 
 
-def _describe(image: ImageInfo, *, tag: str, size_bytes: int) -> str:
+def _describe(image: ImageInfo, *, size_bytes: int) -> str:
     chromium = image.labels.get(CHROMIUM_LABEL, "unknown").partition("-")[0]
     base = image.labels.get(BASE_LABEL, "unknown").title()
-    return f"{tag}: Chromium {chromium} on {base}, {size_bytes / 1e6:.0f} MB"
+    return f"{BROWSER_IMAGE}: Chromium {chromium} on {base}, {size_bytes / 1e6:.0f} MB"

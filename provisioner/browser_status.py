@@ -59,12 +59,12 @@ Ask = Callable[[Mapping[str, str]], Mapping[str, BrowserStatus]]
 class BrowserStatusClient:
     """Asks many agents at once; belongs to the event loop that it is entered in."""
 
-    def __init__(self, *, timeout_s: float = TIMEOUT_S, concurrency: int = CONCURRENCY) -> None:
+    def __init__(self, *, timeout_s: float = TIMEOUT_S) -> None:
         self._timeout_s = timeout_s
-        self._slots = asyncio.Semaphore(concurrency)
+        self._slots = asyncio.Semaphore(CONCURRENCY)
         self._client = httpx.AsyncClient(
             timeout=timeout_s,
-            limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
+            limits=httpx.Limits(max_connections=CONCURRENCY, max_keepalive_connections=CONCURRENCY),
             headers={"Host": "localhost"},  # Chromium refuses any other name
             trust_env=False,  # nodes are reached directly, not through a web proxy of the environment
             verify=False,  # plain HTTP only: saves loading certificates

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable
+from typing import TypeGuard
 
 import structlog
 
@@ -108,7 +109,7 @@ class CloudPreparation:
         takes neither for an obstacle: what is left is removed when the node is back, and by the search for orphans.
         """
         record = self._ledger.instances.find(planned.id)
-        if record is None or not (record.wanted is Wanted.ABSENT or record.sleeps_safely):
+        if not _may_go(record):
             return
         node = self._cluster.node(record.node_id)
         if node is None:
@@ -128,7 +129,9 @@ class CloudPreparation:
             return
         owner = self._owner(record, urn=self._names.cloud_volume_urn(record.id))
         try:
-            VolumeWork(self._regions.of(node.cloud.region), patience=self._patience).release(owner, force=away)
+            VolumeWork(self._regions.of(node.cloud.region), patience=self._patience, wanted=self._goes_on).release(
+                owner, force=away, allowed=lambda: _may_go(self._ledger.instances.find(record.id))
+            )
         except CloudError as error:
             if not record.force:
                 raise
@@ -197,9 +200,18 @@ class CloudPreparation:
 
     def _still_wanted(self, record: InstanceRecord) -> Callable[[], bool]:
         def wanted() -> bool:
-            if self._stopping.is_set():
-                raise Stopping  # as if killed here: a snapshot under way is not thrown away, but found again
-            now = self._ledger.instances.find(record.id)
+            now = self._ledger.instances.find(record.id) if self._goes_on() else None
             return now is not None and now.wanted is record.wanted
 
         return wanted
+
+    def _goes_on(self) -> bool:
+        """Return True, or raise as if killed here: a snapshot under way is not thrown away, but found again."""
+        if self._stopping.is_set():
+            raise Stopping
+        return True
+
+
+def _may_go(record: InstanceRecord | None) -> TypeGuard[InstanceRecord]:
+    """Say whether the ledger wants an instance to have no body."""
+    return record is not None and (record.wanted is Wanted.ABSENT or record.sleeps_safely)

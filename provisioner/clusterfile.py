@@ -97,7 +97,23 @@ def parse_cluster(text: str, *, cluster: str, file: str) -> ClusterSpec:
         raise _mistake(text, file=file, path=path, said=explain(error, fields=fields)) from error
     if not spec.nodes:
         raise _mistake(text, file=file, path=("config", NODES), said=f"{NODES}: a cluster needs at least one node.")
+    if (clash := find_clash(spec)) is not None:
+        index, said = clash
+        raise _mistake(text, file=file, path=("config", NODES, index), said=said)
     return spec
+
+
+def find_clash(spec: ClusterSpec) -> tuple[int, str] | None:
+    """Return which node is an engine that an earlier one is already, by its place, and why; None where there is none.
+
+    Two nodes on one engine would take each other's containers for their own.
+    """
+    known: dict[tuple[str, tuple[str, ...]], NodeSpec] = {}
+    for index, node in enumerate(spec.nodes):
+        other = known.setdefault((node.host, node.ssh_opts), node)
+        if other is not node:
+            return index, f"node '{node.id}': node '{other.id}' has the host {node.host} already."
+    return None
 
 
 def load(text: str, *, file: str) -> dict[str, Any]:

@@ -27,13 +27,11 @@ DEFAULT_NODES = [{"id": "local"}]
 
 
 def add_node(text: str, node: Mapping[str, Any]) -> str:
-    """Return the text with one more node, behind the others. Raises Conflict for an id or a host that is there."""
+    """Return the text with one more node, behind the others. Raises Conflict for an id that is there."""
     text = _name_default_nodes(text)
     for other in _nodes_of(load(text, file="the file")):
         if other.get("id") == node["id"]:
             raise Conflict(f"There is a node '{node['id']}' already.")
-        if "host" in other and other["host"] == node.get("host"):
-            raise Conflict(f"Node '{other.get('id')}' has the host {node['host']} already.")
 
     def append(document: dict[str, Any]) -> None:
         _nodes_of(document).append(dict(node))

@@ -19,7 +19,7 @@ from provisioner.changes import RECHECK_S, Changes
 from provisioner.cloud_orphans import CloudOrphans
 from provisioner.cloud_preparation import CloudPreparation
 from provisioner.cluster import Cluster
-from provisioner.converger import GATHER_S, Converger, Work
+from provisioner.converger import GATHER_S, Converger
 from provisioner.disk import DiskWatch
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.engine import Engine
@@ -28,9 +28,10 @@ from provisioner.guard import LedgerGuard
 from provisioner.health import NodeHealth
 from provisioner.idle import IdleWatch
 from provisioner.image_gc import ImageGc
+from provisioner.image_supply import ImageSupply
 from provisioner.lease import Lease
 from provisioner.ledger import Ledger
-from provisioner.ledger.records import InstanceRecord
+from provisioner.ledger.records import InstanceRecord, SnapshotState
 from provisioner.live_snapshots import LiveSnapshots
 from provisioner.loops import Loop
 from provisioner.metrics import Sampler
@@ -39,14 +40,18 @@ from provisioner.plugins.docker.provider import DockerProvider
 from provisioner.plugins.host import PluginHost
 from provisioner.plugins.machineuse.servicer import MachineusePlugin
 from provisioner.preparation import Preparation
+from provisioner.prepull import LOOK_EVERY_S as PREPULL_EVERY_S
+from provisioner.prepull import Prepull
 from provisioner.readiness import Readiness
 from provisioner.reload import LOOK_EVERY_S, Reload
 from provisioner.repair import Repair
 from provisioner.service import InstanceService
 from provisioner.settings import Settings
+from provisioner.snapshots.manifest import SnapshotId
 from provisioner.snapshots.store import SnapshotStore
 from provisioner.states import Wanted
 from provisioner.volumes.location import open_regions
+from provisioner.work import Work
 
 log = structlog.get_logger(__name__)
 
@@ -119,6 +124,8 @@ class ControlPlane:
         live = LiveSnapshots(self.ledger, cluster=self.cluster, settings=settings, changes=self.changes)
         sampler = Sampler(self.ledger, cluster=self.cluster, hosts=self.hosts)
         image_gc = ImageGc(self.ledger, cluster=self.cluster, hosts=self.hosts, store=self.store)
+        supply = ImageSupply(self.ledger, cluster=self.cluster, hosts=self.hosts)
+        self._prepull = Prepull(self.ledger, cluster=self.cluster, supply=supply)
         self._killed: set[str] = set()
         orphans = CloudOrphans(self.ledger, cluster=self.cluster, regions=regions)
         self._loops = [
@@ -133,7 +140,8 @@ class ControlPlane:
             Loop("disk", disk.step, every_s=settings.disk_check_s),
             Loop("sampler", sampler.step, every_s=settings.sample_s),
             # In a loop, not in the way of the start: a store that can't be reached is a warning, and tried again.
-            Loop("snapshot store", lambda: self.store.clean_up(older_than=ABANDONED_AFTER), every_s=PRUNE_EVERY_S),
+            Loop("snapshot store", self._clean_store, every_s=PRUNE_EVERY_S),
+            Loop("prepull", self._prepull.step, every_s=PREPULL_EVERY_S),
             Loop("images", image_gc.step, every_s=IMAGE_GC_EVERY_S),
             Loop("cloud", orphans.step, every_s=settings.cloud_check_s),
             Loop("events", self.ledger.events.prune, every_s=PRUNE_EVERY_S),
@@ -153,6 +161,7 @@ class ControlPlane:
         self._plugins.start()
         self._engine = Engine(self.settings, debug_providers=self._plugins.debug_providers, lease=self._lease)
         self._reload.apply_all(self._engine)
+        self._prepull.use(self._engine)
         self._converger = Converger(
             self.ledger,
             cluster=self.cluster,
@@ -203,6 +212,16 @@ class ControlPlane:
         for instance_id in forced.keys() - self._killed:
             self.kill(forced[instance_id])
         self._killed = set(forced)
+
+    def _clean_store(self) -> None:
+        """Remove what crashes left in the store, but nothing of a snapshot that is still to be taken."""
+        pending = {
+            SnapshotId(instance_id=record.id, generation=snapshot.generation)
+            for record in self.ledger.instances.all()
+            for snapshot in record.snapshots
+            if snapshot.state is SnapshotState.PENDING
+        }
+        self.store.clean_up(older_than=ABANDONED_AFTER, spared=pending)
 
     def _prepare(self, work: Work) -> bool:
         self._lease.check()

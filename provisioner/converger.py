@@ -1,16 +1,7 @@
 """Moves instances to what is wanted: gathers everything unsettled, runs one update, records what became of it.
 
 Level-triggered: what is wanted and not yet so is work, whoever wished it and however often this process was killed.
-Wishes that come while an update runs share the next one. Per instance the steps are
-
-    wanted running   CREATE                    then readiness.py settles it
-    wanted dormant   SNAPSHOT, then SHED       SHED (delete container and volume) only of what is snapshotted, verified
-                                               and recorded; never in the same update
-    wanted absent    DELETE
-    as wanted        TIDY                      what is left of a dormancy that failed, once the instance runs again
-    running on       LIVE_SNAPSHOT             taken while it runs
-
-Each is idempotent: after a crash at any point the same step is found again and run again.
+Wishes that come while an update runs share the next one. What the next step of an instance is, work.py says.
 
 Steps on a node that does not answer stay out of updates until it does: they would hold up everybody else's. Only what
 needs nothing of the node goes on: giving up the body of an instance whose snapshot is verified, and forced deletes.
@@ -20,8 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from enum import Enum, auto
 from itertools import islice
 from typing import Protocol
 
@@ -44,13 +33,12 @@ from provisioner.errors import (
 from provisioner.ledger import Ledger
 from provisioner.ledger.instances import LoadReader, Update
 from provisioner.ledger.records import InstanceRecord, NodeStatus
-from provisioner.outcomes import PERMANENT, error_of
-from provisioner.plugins.failures import read_code
+from provisioner.outcomes import PERMANENT
 from provisioner.settings import Settings
-from provisioner.specs import all_urns, body_urns, specs_of
-from provisioner.states import UP, Wanted
+from provisioner.specs import specs_of
+from provisioner.work import Step, Work, find_error, needs_node, plan
 from stacks.cluster import declare
-from stacks.names import COMPONENT_TYPE, NETWORK_TYPE, Names, if_there, network_name
+from stacks.names import NETWORK_TYPE, Names, network_name
 
 log = structlog.get_logger(__name__)
 
@@ -61,68 +49,11 @@ GATHER_S = 0.01
 MAX_RETRY_S = 60.0
 
 
-class Step(Enum):
-    """What the next update does about an instance."""
-
-    CREATE = auto()
-    SNAPSHOT = auto()
-    SHED = auto()
-    DELETE = auto()
-    TIDY = auto()
-    LIVE_SNAPSHOT = auto()
-
-
 class UpdateRunner(Protocol):
     """What the converger needs of an engine."""
 
     def update(self, program: Program, *, targets: Sequence[str] = (), refresh: bool = False) -> UpdateResult:
         """Run one update."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Work:
-    """One instance's part in an update."""
-
-    record: InstanceRecord
-    step: Step
-    targets: tuple[str, ...]
-
-
-def plan(record: InstanceRecord, *, names: Names) -> Work | None:
-    """Return what the next update should do about this instance; None when it is not the engine's turn."""
-    component = names.component_urn(record.id)
-    obsolete = [names.snapshot_urn(record.id, generation) for generation in record.obsolete_snapshots]
-    if record.settled_generation >= record.generation:
-        if record.status not in UP:
-            return None
-        if obsolete:
-            return Work(record=record, step=Step.TIDY, targets=_if_there(obsolete))
-        if (live := record.pending_live) is not None:
-            return Work(
-                record=record, step=Step.LIVE_SNAPSHOT, targets=(names.snapshot_urn(record.id, live.generation),)
-            )
-        return None
-    if record.wanted is Wanted.ABSENT:
-        return Work(record=record, step=Step.DELETE, targets=_if_there(all_urns(record, names=names)))
-    if record.wanted is Wanted.RUNNING:
-        if record.applied_generation >= record.generation:
-            return None  # readiness is awaited
-        return Work(record=record, step=Step.CREATE, targets=(component, *body_urns(record, names=names)))
-    if not record.sleeps_safely:
-        taken = record.snapshot_generation or record.generation
-        return Work(record=record, step=Step.SNAPSHOT, targets=(names.snapshot_urn(record.id, taken),))
-    return Work(record=record, step=Step.SHED, targets=_if_there([*body_urns(record, names=names), *obsolete]))
-
-
-def needs_node(work: Work) -> bool:
-    """Say whether a step needs an answer of the node that the instance is on."""
-    if work.step is Step.DELETE:
-        return work.record.body and not work.record.force
-    return work.step not in (Step.SHED, Step.TIDY)
-
-
-def _if_there(urns: Sequence[str]) -> tuple[str, ...]:
-    return tuple(if_there(urn) for urn in urns)
 
 
 class Converger:
@@ -392,22 +323,6 @@ class Converger:
         now = self._ledger.instances.change(record.id, lambda r, _: decide(r))
         self._changes.notify(record.id)
         return now
-
-
-def find_error(work: Work, result: UpdateResult, *, names: Names) -> MachineuseError | None:
-    """Return what kept this instance's step from being done; None when it is done."""
-    mine = set(all_urns(work.record, names=names))
-    said = [text for urn, text in result.errors.items() if urn in mine]
-    if said:
-        return error_of(max(said, key=lambda text: (read_code(text) is not None, len(text))))
-    if work.step is Step.CREATE:
-        done = names.container_urn(work.record.id) in result.outputs
-    elif work.step in (Step.SNAPSHOT, Step.LIVE_SNAPSHOT):
-        done = work.targets[0] in result.outputs
-    else:
-        done = not any(urn == "" for urn in result.errors)
-    common = (text for urn, text in result.errors.items() if COMPONENT_TYPE not in urn)  # of a node, or of the whole
-    return None if done else error_of(next(common, "The engine did not get to it."))
 
 
 def _delay_s(attempts: int) -> float:

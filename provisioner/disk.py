@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import structlog
 
-from provisioner.browser_status import Ask, ask_all
+from provisioner.browser_status import ask_all
 from provisioner.cluster import Cluster
 from provisioner.docker_hosts.disk import measure_volumes
 from provisioner.docker_hosts.hosts import DockerHosts
@@ -51,17 +51,16 @@ def observe_disk(record: InstanceRecord, *, used_bytes: int) -> Update | None:
 class DiskWatch:
     """Disk use of one cluster's instances."""
 
-    def __init__(self, ledger: Ledger, *, cluster: Cluster, hosts: DockerHosts, ask: Ask = ask_all) -> None:
+    def __init__(self, ledger: Ledger, *, cluster: Cluster, hosts: DockerHosts) -> None:
         self._ledger = ledger
         self._cluster = cluster
         self._hosts = hosts
-        self._ask = ask
         self._names = Names(cluster.name)
 
     def step(self) -> None:
         """Measure every instance that is up once."""
         _, urls = up_browsers(self._ledger, cluster=self._cluster)
-        answers = self._ask(urls)
+        answers = ask_all(urls)
         homes = {key: answer.home_bytes for key, answer in answers.items() if answer.home_bytes is not None}
         silent = urls.keys() - answers.keys()  # asked again next time
         up: dict[str, list[InstanceRecord]] = {}

@@ -115,17 +115,7 @@ class NoCapacity(MachineuseError):
     """No node has room now."""
 
     code = "insufficient_resources"
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        detail: str | None = None,
-        resolution: str | None = None,
-        retry_after_s: int = 10,
-    ) -> None:
-        super().__init__(message, detail=detail, resolution=resolution)
-        self.retry_after_s = retry_after_s
+    retry_after_s: ClassVar[int] = 10
 
 
 class DockerError(MachineuseError):

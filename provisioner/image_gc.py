@@ -89,7 +89,7 @@ class ImageGc:
     def _needed(self) -> Needed:
         """Return what must stay; raises SnapshotFailed when the snapshot store can't be asked."""
         records = self._ledger.instances.all()
-        names = {self._cluster.helper_image, *self._cluster.images.values()}
+        names = set(self._cluster.spec.wanted_images)
         bases: dict[SnapshotId, str] = {}
         for record in records:
             names.add(record.image)

@@ -18,6 +18,9 @@ from stacks.spec import NodeSpec
 
 log = structlog.get_logger(__name__)
 
+FIRST_WORD_S = 2.0
+"""After how long a transfer tells in an event how far it is; each next time it waits twice as long as before."""
+
 
 class ImageSupply:
     """Brings images to a cluster's nodes, and writes down which ones."""
@@ -37,19 +40,32 @@ class ImageSupply:
             self._ledger.node_images.note_use(node_id=node.id, name=image)
             return
 
-        def say(message: str) -> None:
-            log.info("bringing image", node=node.id, instance=instance_id, said=message)
-            kind = message.partition("ing ")[0]  # pull, copy
+        started = time.monotonic()
+        pause_s, next_word_at = FIRST_WORD_S, started + FIRST_WORD_S
+
+        def tell(message: str) -> None:
+            kind = message.partition("ing ")[0].lower()  # pull, copy
             self._ledger.events.add(kind, message=message, instance_id=instance_id, node_id=node.id)
 
-        started = time.monotonic()
+        def say(message: str) -> None:
+            log.info("bringing image", node=node.id, instance=instance_id, said=message)
+            tell(message)
+
+        def report(progress: str) -> None:
+            nonlocal pause_s, next_word_at
+            log.info("bringing image", node=node.id, instance=instance_id, progress=progress)
+            if time.monotonic() >= next_word_at:
+                pause_s *= 2
+                next_word_at = time.monotonic() + pause_s
+                tell(progress)
+
         brought = bring_image(
             target,
             image,
             tag=tag,
             sources=self._sources(node),
             say=say,
-            report=lambda progress: log.info("bringing image", node=node.id, progress=progress),
+            report=report,
         )
         for name in {image, tag or image, brought.id}:
             self._ledger.node_images.note(node_id=node.id, name=name)

@@ -13,7 +13,15 @@ from urllib.parse import parse_qsl
 
 import boto3
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    CredentialRetrievalError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    TokenRetrievalError,
+    UnauthorizedSSOTokenError,
+)
 
 from provisioner.errors import SettingsError, SnapshotKeyMissing
 
@@ -21,7 +29,17 @@ if TYPE_CHECKING:
     from types_boto3_kms import KMSClient
 
 SCHEME = "aws-kms://"
+ATTEMPTS = 3
+TIMEOUT_S = 10
+"""For connecting, and for each answer."""
 _FORM = "It has the form aws-kms://arn:aws:kms:<region>:<account>:key/<id>?file=<path>&endpoint=https://host."
+_CREDENTIALS = (
+    CredentialRetrievalError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    TokenRetrievalError,
+    UnauthorizedSSOTokenError,
+)
 _ARN = re.compile(r"arn:aws[a-z-]*:kms:([a-z0-9-]+):\d*:(key|alias)/[A-Za-z0-9/_-]+")
 
 
@@ -40,7 +58,7 @@ def parse_kms_url(url: str) -> KmsLocation:
     arn, _, query = url.removeprefix(SCHEME).partition("?")
     found = _ARN.fullmatch(arn)
     try:
-        options = dict(parse_qsl(query, strict_parsing=bool(query)))
+        options = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
     except ValueError as error:
         raise _wrong("is no URL") from error
     if found is None:
@@ -48,13 +66,15 @@ def parse_kms_url(url: str) -> KmsLocation:
     unknown = sorted(options.keys() - {"endpoint", "file"})
     if unknown:
         raise _wrong(f"has the unknown option {unknown[0]!r}")
+    if not all(options.values()):
+        raise _wrong("has an option without a value")
     return KmsLocation(arn=arn, region=found[1], endpoint=options.get("endpoint"), file=options.get("file"))
 
 
 class KmsKey:
     """Encrypts and decrypts up to 4 KiB: room for some thirty keys. Safe for several threads."""
 
-    def __init__(self, location: KmsLocation, *, attempts: int = 3, timeout_s: float = 10) -> None:
+    def __init__(self, location: KmsLocation) -> None:
         """Prepare to talk to KMS, without doing so; raises `SettingsError` for what can't be right."""
         self._arn = location.arn
         try:
@@ -63,9 +83,9 @@ class KmsKey:
                 endpoint_url=location.endpoint,
                 region_name=location.region,
                 config=Config(
-                    connect_timeout=timeout_s,
-                    read_timeout=timeout_s,
-                    retries={"mode": "standard", "total_max_attempts": attempts},
+                    connect_timeout=TIMEOUT_S,
+                    read_timeout=TIMEOUT_S,
+                    retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
                 ),
             )
         except (BotoCoreError, ValueError) as error:
@@ -98,7 +118,7 @@ class KmsKey:
                 resolution="Check that the key is enabled, that it is the one that the key file was encrypted with, "
                 "and that our role or keys may use kms:Encrypt and kms:Decrypt with it.",
             )
-        if isinstance(error, NoCredentialsError | PartialCredentialsError):
+        if isinstance(error, _CREDENTIALS):
             return SnapshotKeyMissing(
                 "There are no AWS keys to ask KMS with for the snapshots' keys.",
                 detail=str(error),

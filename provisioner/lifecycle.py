@@ -72,21 +72,34 @@ def wish_drained(record: InstanceRecord) -> Update | None:
 def wish_moved(record: InstanceRecord, *, away_s: float) -> Update | None:
     """Want an instance whose node is lost given back elsewhere, from its last snapshot; None where there is none.
 
-    What came after that snapshot is lost, and the event says so. Whatever was under way is overtaken, but a dormancy
-    and a delete: those wait for the node.
+    What came after that snapshot is lost, and the event says so. Whatever was under way is overtaken, a drain's own
+    dormancy too; but a caller's dormancy and a delete wait for the node, and so does what has failed.
     """
     last = record.last_verified
-    if record.wanted is not Wanted.RUNNING or last is None:
+    if last is None or record.status is Status.FAILED or not waits_for_node(record):
         return None
     return Update(
         values=_new_wish(record, wanted=Wanted.DORMANT, event=Event.MOVE)
         | {"snapshot_generation": last.generation, "moving": Moving.OFFLINE},
+        put_snapshots=_cut_off(record),
         event=(
             "move",
             f"node {record.node_id} has not answered for {_for_people(away_s)}: to be given back on another node"
             f" {tell_loss(last)}",
         ),
     )
+
+
+def waits_for_node(record: InstanceRecord) -> bool:
+    """Say whether an instance that should run can't go on without its node: it runs there, or is drained from there."""
+    is_drained = record.wanted is Wanted.DORMANT and record.moving is Moving.DRAIN
+    return record.wanted is Wanted.RUNNING or (is_drained and not record.sleeps_safely)
+
+
+def _cut_off(record: InstanceRecord) -> tuple[SnapshotRecord, ...]:
+    """Return the snapshots that won't be taken any more: what there may be of them is to be removed."""
+    pending = (s for s in record.snapshots if s.state is SnapshotState.PENDING)
+    return tuple(dataclasses.replace(s, state=SnapshotState.EXPIRING) for s in pending)
 
 
 def tell_loss(snapshot: SnapshotRecord) -> str:
@@ -196,11 +209,10 @@ def wish_abandoned(record: InstanceRecord) -> Update | None:
     kept = record.last_verified
     if kept is None or record.wanted is Wanted.ABSENT:
         return wish_absent(record, force=True)
-    cut_off = (s for s in record.snapshots if s.state is SnapshotState.PENDING)
     return Update(
         values=_new_wish(record, wanted=Wanted.DORMANT, event=Event.ABANDON)
         | {"snapshot_generation": kept.generation, "moving": None, "force": True},
-        put_snapshots=tuple(dataclasses.replace(s, state=SnapshotState.EXPIRING) for s in cut_off),
+        put_snapshots=_cut_off(record),
         event=("abandon", f"node {record.node_id} is gone for good: it is dormant, to be revived {tell_loss(kept)}"),
     )
 
@@ -295,6 +307,7 @@ def note_snapshot(record: InstanceRecord, *, generation: int, size_bytes: int, k
     older.sort(key=lambda s: s.generation, reverse=True)
     expiring = tuple(dataclasses.replace(s, state=SnapshotState.EXPIRING) for s in older[keep - 1 :])
     return Update(
+        values={"attempts": 0} | _forget_retries(record),
         put_snapshots=(verified, *expiring),
         event=("snapshot", f"snapshot {generation} is verified ({size_bytes} bytes)"),
     )
@@ -306,6 +319,7 @@ def note_live_snapshot_failed(record: InstanceRecord, *, generation: int, error:
     if failed is None or failed.state is not SnapshotState.PENDING:
         return None
     return Update(
+        values={"attempts": 0} | _forget_retries(record),
         put_snapshots=(dataclasses.replace(failed, state=SnapshotState.EXPIRING),),
         event=("live_snapshot_failed", error.explain()),
     )

@@ -13,10 +13,11 @@ way (`moving`), so a move that a crash interrupts goes on after it, and uncordon
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import structlog
 
+from provisioner import lifecycle
 from provisioner.cluster import Cluster
 from provisioner.errors import Conflict, NoCapacity, NotFound
 from provisioner.ledger import Ledger
@@ -29,6 +30,8 @@ from stacks.spec import Availability
 log = structlog.get_logger(__name__)
 
 MAX_PAUSE_S = 60.0
+TELL_AGAIN_S = 600.0
+"""When it is told anew why an instance can't be moved, if that has changed: how much room is left always does."""
 
 
 class Mover:
@@ -39,13 +42,15 @@ class Mover:
         self._cluster = cluster
         self._service = service
         self._settings = settings
-        self._told: set[tuple[str, str]] = set()
-        """What was said of which instance already: each is said once."""
+        self._told: dict[str, tuple[str, float]] = {}
+        """What was said of an instance last, and when."""
         self._pauses: dict[str, tuple[float, float]] = {}
         """Until when an instance is left alone after a move that did not work, and for how long that was."""
 
     def step(self) -> None:
         """Begin and continue whatever moves are due."""
+        now = time.monotonic()  # what has not been tried again for so long has got where it was to go
+        self._pauses = {id_: pause for id_, pause in self._pauses.items() if now < pause[0] + MAX_PAUSE_S}
         nodes = {node.id: node for node in self._ledger.nodes.list()}
         for node in nodes.values():
             if node.status is NodeStatus.OFFLINE:
@@ -54,7 +59,8 @@ class Mover:
         for record in moving:
             if record.wanted is Wanted.DORMANT and record.settled_generation >= record.generation:
                 self._try(record, self._service.revive_elsewhere)
-        if any(record.moving is Moving.DRAIN for record in moving):
+        silent = {node.id for node in nodes.values() if node.status is NodeStatus.OFFLINE}
+        if any(record.moving is Moving.DRAIN and not _is_held_up(record, silent=silent) for record in moving):
             return
         for node_id in [spec.id for spec in self._cluster.nodes if spec.availability is Availability.DRAINING]:
             if node_id in nodes and nodes[node_id].status is NodeStatus.ONLINE:
@@ -66,9 +72,11 @@ class Mover:
         if policy.action != "move" or away_s < policy.after_minutes * self._settings.minute_s:
             return
         for record in self._ledger.instances.on_node(node.id):
-            if record.wanted is not Wanted.RUNNING:
+            if not lifecycle.waits_for_node(record):
                 continue
-            if record.last_verified is None:
+            if record.status is Status.FAILED:
+                self._tell(record, f"node {node.id} is lost, but a failed instance can't be moved: it waits for it")
+            elif record.last_verified is None:
                 self._tell(record, f"node {node.id} is lost, and it has no snapshot: it waits for the node")
             else:
                 self._try(record, lambda instance_id: self._service.give_up_body(instance_id, away_s=away_s))
@@ -106,8 +114,14 @@ class Mover:
         return begun
 
     def _tell(self, record: InstanceRecord, message: str) -> None:
-        if (record.id, message) in self._told:
+        said, at = self._told.get(record.id, ("", float("-inf")))
+        if message == said or time.monotonic() - at < TELL_AGAIN_S:
             return
-        self._told.add((record.id, message))
+        self._told[record.id] = (message, time.monotonic())
         log.warning("not moved", instance=record.id, node=record.node_id, reason=message)
         self._ledger.events.add("not_moved", message=message, instance_id=record.id, node_id=record.node_id)
+
+
+def _is_held_up(record: InstanceRecord, *, silent: Collection[str]) -> bool:
+    """Say whether a move can't go on before a node answers: no other instance needs to wait for it."""
+    return record.node_id in silent and not record.sleeps_safely

@@ -1,6 +1,6 @@
 """One bucket of an S3 server: the only place that knows boto3.
 
-Everything is bounded: memory (one part of an upload), time (time-outs, a fixed number of attempts), and what a part
+Everything is bounded: memory (two parts of an upload), time (time-outs, a fixed number of attempts), and what a part
 that is read may be resumed after its connection broke. Credentials come from boto3's ordinary chain (environment,
 profile, role of the machine) and never from a setting; neither they nor the requests' headers are put into an error.
 SHA-256 checksums go along with everything that is sent; a server that knows them refuses what arrives otherwise.
@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -40,7 +41,12 @@ if TYPE_CHECKING:
 
 PART_BYTES = 8 << 20
 MAX_PARTS = 10_000
+CONNECT_TIMEOUT_S = 5
+READ_TIMEOUT_S = 60
 _RESUMES = 3
+COMPLETE_S = 900.0
+"""How long a server may take to make an object of its parts: some copy all of them, 10,000 at most."""
+_LOOK_S = 0.5
 
 _KEYS = {
     "AccessDenied",
@@ -84,9 +90,7 @@ class PendingUpload:
 class Bucket:
     """Keeps objects. Safe for several threads."""
 
-    def __init__(
-        self, location: S3Location, *, attempts: int = 4, connect_timeout_s: float = 5, read_timeout_s: float = 60
-    ) -> None:
+    def __init__(self, location: S3Location, *, attempts: int = 4) -> None:
         """Prepare to talk to the server, without doing so; raises `SettingsError` for what can't be right."""
         self.name = location.bucket
         self._where = f"s3://{location.bucket}" + (f" at {location.endpoint}" if location.endpoint else "")
@@ -103,8 +107,8 @@ class Bucket:
                 region_name=location.region or session.region_name or "us-east-1",
                 config=Config(
                     signature_version="s3v4",
-                    connect_timeout=connect_timeout_s,
-                    read_timeout=read_timeout_s,
+                    connect_timeout=CONNECT_TIMEOUT_S,
+                    read_timeout=READ_TIMEOUT_S,
                     retries={"mode": "standard", "total_max_attempts": attempts},
                     s3={"addressing_style": "path" if location.endpoint else "auto"},
                     # Ours are headers, which servers that don't know them ignore; boto3's own change the body.
@@ -124,15 +128,10 @@ class Bucket:
 
         Raises ObjectStorageError.
         """
-        arguments: dict[str, Any] = {"Body": data, "ChecksumSHA256": _checksum(data), **self._encryption}
+        arguments: dict[str, Any] = {"Bucket": self.name, "Key": key, "Body": data, "ChecksumSHA256": _checksum(data)}
         with self._calling("put", key):
-            try:
-                condition: dict[str, Any] = {"IfNoneMatch": "*"} if new else {}
-                self._client.put_object(Bucket=self.name, Key=key, **condition, **arguments)
-            except ClientError as error:
-                if not new or error.response["Error"]["Code"] != "NotImplemented":
-                    raise
-                self._client.put_object(Bucket=self.name, Key=key, **arguments)
+            put = self._client.put_object
+            _unless_there(put, **arguments, **self._encryption) if new else put(**arguments, **self._encryption)
 
     def get(self, key: str) -> bytes:
         """Return a small object; raises `ObjectMissing`, ObjectStorageError."""
@@ -178,6 +177,26 @@ class Bucket:
                 for each in page.get("Uploads", []):
                     yield PendingUpload(each["Key"], each["UploadId"], each["Initiated"])
 
+    def find_last_write(self, upload: PendingUpload) -> datetime:
+        """Return when a pending upload got its latest part, or was begun; raises ObjectStorageError."""
+        last = upload.started_at
+        try:
+            with self._calling("list the parts of", upload.key):
+                pages = self._client.get_paginator("list_parts")
+                for page in pages.paginate(Bucket=self.name, Key=upload.key, UploadId=upload.id):
+                    last = max([last, *(part["LastModified"] for part in page.get("Parts", []))])
+        except ObjectMissing:  # completed or aborted meanwhile
+            pass
+        return last
+
+    def find_etag(self, key: str) -> str | None:
+        """Return what tells an object from others of its key, None if there is none; raises ObjectStorageError."""
+        try:
+            with self._calling("look for", key):
+                return self._client.head_object(Bucket=self.name, Key=key)["ETag"]
+        except ObjectMissing:
+            return None
+
     @contextmanager
     def _calling(self, what: str, key: str) -> Iterator[None]:
         """Turn what boto3 raises into our errors."""
@@ -210,6 +229,14 @@ class Bucket:
                     resolution="Free some space there or raise its quota, or name another one in "
                     "MACHINEUSE_SNAPSHOT_STORE.",
                 )
+            if code == "PreconditionFailed":
+                return ObjectStorageError(f"{store} has another object there: somebody else wrote it.", detail=detail)
+            if code == "RequestTimeTooSkewed":
+                return ObjectStorageError(
+                    f"{store} refuses us: its clock and this machine's differ too much.",
+                    detail=detail,
+                    resolution="Set both clocks, by NTP for instance.",
+                )
             if code in _KEYS or status == 403:
                 return ObjectStorageError(
                     f"{store} refuses our keys ({code}).",
@@ -239,7 +266,7 @@ class Bucket:
 
 @dataclass
 class Upload:
-    """An object on its way, sent in parts of `PART_BYTES`; no more than one of them is in memory."""
+    """An object on its way, sent in parts of `PART_BYTES`; no more than two of them are in memory."""
 
     _bucket: Bucket
     key: str
@@ -247,6 +274,8 @@ class Upload:
     _buffer: bytearray = field(default_factory=bytearray)
     _parts: list[CompletedPartTypeDef] = field(default_factory=list)
     _sent_bytes: int = 0
+    etag: str | None = None
+    """Of the object, once it is complete."""
 
     def write(self, data: bytes, /) -> int:
         """Take all of `data`; raises ObjectStorageError."""
@@ -261,21 +290,46 @@ class Upload:
         return len(data)
 
     def complete(self) -> None:
-        """Send what is left and let the object come into being; raises ObjectStorageError."""
+        """Send what is left, and return once the object is there; raises ObjectStorageError."""
         if self._buffer or not self._parts:
             self._send()
         client, name = self._bucket._client, self._bucket.name
+        deadline, refused = time.monotonic() + COMPLETE_S, None
         with self._bucket._calling("complete the upload of", self.key):
             try:
-                client.complete_multipart_upload(
-                    Bucket=name, Key=self.key, UploadId=self.id, MultipartUpload={"Parts": self._parts}
+                _unless_there(
+                    client.complete_multipart_upload,
+                    Bucket=name,
+                    Key=self.key,
+                    UploadId=self.id,
+                    MultipartUpload={"Parts": self._parts},
                 )
             except ClientError as error:
                 # A second attempt of a call whose answer was lost: the object says whether the first one did it.
-                if error.response["Error"]["Code"] not in ("NoSuchUpload", "InvalidPart"):
+                if error.response["Error"]["Code"] not in ("NoSuchUpload", "InvalidPart", "PreconditionFailed"):
                     raise
-                if client.head_object(Bucket=name, Key=self.key)["ContentLength"] != self._sent_bytes:
-                    raise
+                refused = error
+            # Or a second attempt while the server is still at the first one, and says that all is well.
+            while not self._is_there():
+                if refused is not None:
+                    raise refused
+                if time.monotonic() > deadline:
+                    raise ObjectStorageError(
+                        f"The server of {self._bucket._where} put no object together within {COMPLETE_S:.0f} s.",
+                        detail=self.key,
+                        resolution="Look into the server's log.",
+                    )
+                time.sleep(_LOOK_S)
+
+    def _is_there(self) -> bool:
+        try:
+            found = self._bucket._client.head_object(Bucket=self._bucket.name, Key=self.key)
+        except ClientError as error:
+            if error.response["Error"]["Code"] not in _MISSING:
+                raise
+            return False
+        self.etag = found["ETag"]
+        return found["ContentLength"] == self._sent_bytes
 
     def abort(self) -> None:
         """Throw it away. Idempotent; harmless once it is completed. Raises ObjectStorageError."""
@@ -343,6 +397,16 @@ class ObjectReader:
             found = self._bucket._client.get_object(Bucket=self._bucket.name, Key=self._key, **arguments)
         self._etag = found["ETag"]
         return found["Body"]
+
+
+def _unless_there(call: Callable[..., object], **arguments: Any) -> None:
+    """Make a call that puts an object where there is none; where the server knows no such condition, without it."""
+    try:
+        call(IfNoneMatch="*", **arguments)
+    except ClientError as error:
+        if error.response["Error"]["Code"] != "NotImplemented":
+            raise
+        call(**arguments)
 
 
 def _checksum(data: bytes) -> str:

@@ -12,6 +12,8 @@ second it would send all to one node. It only tells between nodes that have prom
 from __future__ import annotations
 
 import heapq
+import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -105,6 +107,7 @@ class Lack(Enum):
 
 
 _ACTIVE = Availability.ACTIVE
+_ACTIVE_WORD = _ACTIVE.value  # looking it up takes longer than comparing it, a thousand times
 _ROOM = frozenset({Lack.INSTANCES, Lack.MEMORY, Lack.CPU, Lack.DISK, Lack.DISK_FULL, Lack.PORTS})
 """What deleting an instance, or making one dormant, gives back."""
 
@@ -117,6 +120,34 @@ class Found(NamedTuple):
     """How much there is of what is too little."""
     what: str = ""
     """The label that it has not, or what its availability is."""
+
+
+class Arrivals:
+    """The nodes as they will be once those have arrived that are on their way and have been promised nothing yet."""
+
+    def __init__(self, nodes: Sequence[NodeState], *, ports_of: PortReader) -> None:
+        self._nodes = {node.id: node for node in nodes}
+        self._ports_of = ports_of
+        self._ports: defaultdict[str, set[int]] = defaultdict(set)
+
+    def nodes(self) -> list[NodeState]:
+        """Return every node, in no order."""
+        return list(self._nodes.values())
+
+    def ports(self, node_id: str) -> frozenset[int]:
+        """Return the ports that a node will have promised."""
+        return self._ports_of(node_id) | self._ports[node_id]
+
+    def add(self, need: Need, place: Place) -> None:
+        """Count on one more arrival."""
+        node = self._nodes[place.node.id]
+        self._nodes[node.id] = node._replace(
+            instances=node.instances + 1,
+            promised_memory_mib=node.promised_memory_mib + need.memory_mib,
+            promised_cpu_cores=node.promised_cpu_cores + need.cpu_cores,
+            promised_disk_mib=node.promised_disk_mib + (need.disk_mib if place.node.volume == "docker" else 0),
+        )
+        self._ports[node.id].update(place.ports)
 
 
 def choose_place(
@@ -145,13 +176,11 @@ def choose_place(
     for node in cluster.nodes:
         if need.strict and node.id != need.node_preference:
             continue
-        state = states.get(node.id)
-        lack = find_lack(need, node=node, state=state, limits=limits)
-        if lack is not None or state is None:
-            lacks[node.id] = lack or Found(Lack.OFFLINE)
-            continue
-        cost = score(need, node=node, state=state, limits=limits)
-        fitting.append((node.id != need.node_preference, node.id != need.home_node, cost, node.id, node))
+        found = weigh(need, node=node, state=states.get(node.id), limits=limits)
+        if isinstance(found, Found):
+            lacks[node.id] = found
+        else:
+            fitting.append((node.id != need.node_preference, node.id != need.home_node, found, node.id, node))
     heapq.heapify(fitting)  # mostly the first one is taken: cheaper than sorting all of them
     while fitting:
         node = heapq.heappop(fitting)[-1]
@@ -165,12 +194,18 @@ def choose_place(
     raise _no_capacity(need, lacks=lacks)
 
 
-def find_lack(need: Need, *, node: NodeSpec, state: NodeState | None, limits: Limits) -> Found | None:
-    """Return why a node will not do, its ports aside; None for one that will."""
+def weigh(need: Need, *, node: NodeSpec, state: NodeState | None, limits: Limits) -> float | Found:
+    """Return how full a node would be with the instance on it (less is better), or why it will not do, ports aside.
+
+    Half of it is the share of what the node would run out of first, half the average of all shares. One function for
+    both, because it runs for every node at each placement, and they rest on the same sums.
+    """
     if state is None or not state.online:
         return Found(Lack.OFFLINE)
     if node.availability is not _ACTIVE:
         return Found(Lack.CLOSED, what=node.availability.value)
+    if state.availability != _ACTIVE_WORD:  # whoever keeps the ledger has read a newer file
+        return Found(Lack.CLOSED, what=state.availability)
     if node.id in need.avoid:
         return Found(Lack.AVOIDED)
     if need.labels:
@@ -181,38 +216,34 @@ def find_lack(need: Need, *, node: NodeSpec, state: NodeState | None, limits: Li
         return Found(Lack.VOLUME)
     if state.instances >= node.max_instances:
         return Found(Lack.INSTANCES, node.max_instances)
-    memory_mib = (state.memory_bytes or 0) / 2**20 * limits.memory - state.promised_memory_mib
-    if need.memory_mib > memory_mib:
-        return Found(Lack.MEMORY, max(memory_mib / MIB_PER_GB, 0))
-    has_cores = state.cpu_cores or 0  # Docker refuses to limit a container to more than there are
-    cores = has_cores * limits.cpu - state.promised_cpu_cores
-    if need.cpu_cores > cores or need.cpu_cores > has_cores:
-        return Found(Lack.CPU, max(min(cores, has_cores), 0))
+    has_mib = (state.memory_bytes or 0) / 2**20 * limits.memory
+    memory_mib = state.promised_memory_mib + need.memory_mib
+    if memory_mib > has_mib:
+        return Found(Lack.MEMORY, max(has_mib - state.promised_memory_mib, 0) / MIB_PER_GB)
+    has_cores = state.cpu_cores or 0
+    may_cores = has_cores * limits.cpu
+    cpu_cores = state.promised_cpu_cores + need.cpu_cores
+    if cpu_cores > may_cores or need.cpu_cores > has_cores:  # Docker limits no container to more than there are
+        return Found(Lack.CPU, max(min(may_cores - state.promised_cpu_cores, has_cores), 0))
+    instances = (state.instances + 1) / node.max_instances
+    memory = memory_mib / has_mib
+    cores = cpu_cores / may_cores
+    cpu_percent, memory_percent = state.cpu_percent or 0, state.memory_percent or 0
+    live = (cpu_percent if cpu_percent > memory_percent else memory_percent) / 100 * LIVE_WEIGHT
     if state.disk_bytes is None:
-        return None
-    disk_mib = state.disk_bytes / 2**20
-    left_mib = disk_mib * limits.disk - state.promised_disk_mib
-    if node.volume == "docker" and need.disk_mib > left_mib:
-        return Found(Lack.DISK, max(left_mib / MIB_PER_GB, 0))
+        return (max(instances, memory, cores) + (instances + memory + cores) / 3) / 2 + live
+    has_disk_mib = state.disk_bytes / 2**20
+    may_disk_mib = has_disk_mib * limits.disk
+    disk_mib = state.promised_disk_mib + need.disk_mib
+    if node.volume == "docker" and disk_mib > may_disk_mib:
+        return Found(Lack.DISK, max(may_disk_mib - state.promised_disk_mib, 0) / MIB_PER_GB)
     if state.disk_percent is not None:
-        free_gb = disk_mib * (1 - state.disk_percent / 100) / MIB_PER_GB
+        free_gb = has_disk_mib * (1 - state.disk_percent / 100) / MIB_PER_GB
         if free_gb < limits.free_disk_gb:
             return Found(Lack.DISK_FULL, free_gb)
-    return None
-
-
-def score(need: Need, *, node: NodeSpec, state: NodeState, limits: Limits) -> float:
-    """Return how full a node would be with the instance on it; less is better.
-
-    Half of it is the share of what the node would run out of first, half the average of all shares.
-    """
-    instances = (state.instances + 1) / node.max_instances
-    memory = (state.promised_memory_mib + need.memory_mib) / ((state.memory_bytes or 1) / 2**20 * limits.memory)
-    cores = (state.promised_cpu_cores + need.cpu_cores) / ((state.cpu_cores or 1) * limits.cpu)
-    live = max(state.cpu_percent or 0, state.memory_percent or 0) / 100 * LIVE_WEIGHT
-    if not state.disk_bytes or node.volume != "docker":
+    if node.volume != "docker":
         return (max(instances, memory, cores) + (instances + memory + cores) / 3) / 2 + live
-    disk = (state.promised_disk_mib + need.disk_mib) / (state.disk_bytes / 2**20 * limits.disk)
+    disk = disk_mib / may_disk_mib
     return (max(instances, memory, cores, disk) + (instances + memory + cores + disk) / 4) / 2 + live
 
 
@@ -228,23 +259,27 @@ def pick_ports(count: int, *, node: NodeSpec, taken: frozenset[int], port_free: 
 
 
 def _refuse_impossible(need: Need, *, cluster: ClusterSpec, nodes: Sequence[NodeState], limits: Limits) -> None:
-    sized = [state for state in nodes if state.memory_bytes and state.cpu_cores]
-    if not sized:
-        return
+    states = {state.id: state for state in nodes}
+    ours = [states.get(node.id) for node in cluster.nodes]
+    sized = [state for state in ours if state is not None and state.memory_bytes and state.cpu_cores]
+    if len(sized) < len(ours) or not sized:
+        return  # one that never answered may be larger
     most_memory_gb = max(state.memory_bytes or 0 for state in sized) / 2**30 * limits.memory
     most_cores = max(state.cpu_cores or 0 for state in sized)
     if need.memory_gb > most_memory_gb:
         raise InvalidRequest(
-            f"config.memory_gb: {need.memory_gb:g} GB is more than any node has ({most_memory_gb:.1f} GB)."
+            f"config.memory_gb: {need.memory_gb:g} GB is more than any node has ({_round_down(most_memory_gb)} GB)."
         )
     if need.cpu_cores > most_cores:
         raise InvalidRequest(f"config.cpu_cores: {need.cpu_cores} is more than any node has ({most_cores:g}).")
-    disks = [state.disk_bytes for state in nodes]
+    disks = [state.disk_bytes for state in sized]
     if any(disk is None for disk in disks) or any(node.volume != "docker" for node in cluster.nodes):
         return
     most_disk_gb = max(disk or 0 for disk in disks) / 2**30 * limits.disk
     if need.disk_gb > most_disk_gb:
-        raise InvalidRequest(f"config.disk_gb: {need.disk_gb:g} GB is more than any node has ({most_disk_gb:.1f} GB).")
+        raise InvalidRequest(
+            f"config.disk_gb: {need.disk_gb:g} GB is more than any node has ({_round_down(most_disk_gb)} GB)."
+        )
 
 
 def _explain_other(need: Need, *, chosen: str, lacks: Mapping[str, Found]) -> str | None:
@@ -285,9 +320,14 @@ def _count(need: Need, lacks: Iterable[Found]) -> Iterator[str]:
         yield f"{len(members)} {'nodes' if len(members) > 1 else 'node'}: {_tell(need, most, several=len(members) > 1)}"
 
 
+def _round_down(gb: float) -> str:
+    """Write an amount that is not enough so that it does not look like enough."""
+    return f"{math.floor(gb * 10 + 1e-6) / 10:.1f}"
+
+
 def _tell(need: Need, found: Found, *, several: bool = False) -> str:
     """Put into words what one node lacks, or what `several` do that have at most so much left."""
-    left = f"at most {found.left:.1f}" if several else f"{found.left:.1f}"
+    left = f"at most {_round_down(found.left)}" if several else _round_down(found.left)
     return {
         Lack.OFFLINE: "offline",
         Lack.CLOSED: found.what,

@@ -15,7 +15,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import structlog
@@ -23,11 +23,10 @@ import structlog
 from provisioner.changes import Changes
 from provisioner.cloud_preparation import EBS, CloudPreparation
 from provisioner.cluster import Cluster
-from provisioner.converger import Step, Work
 from provisioner.docker_hosts.archives import DockerMachine
 from provisioner.docker_hosts.containers import kill_container, remove_container
 from provisioner.docker_hosts.hosts import DockerHosts
-from provisioner.docker_hosts.images import find_image
+from provisioner.docker_hosts.images import ImageInfo, find_image
 from provisioner.docker_hosts.volumes import remove_volume
 from provisioner.errors import MachineuseError, NodeUnreachable, UnknownNode
 from provisioner.image_supply import ImageSupply
@@ -41,6 +40,7 @@ from provisioner.snapshots.machine import Volumes
 from provisioner.snapshots.manifest import SnapshotId
 from provisioner.snapshots.store import SnapshotStore
 from provisioner.specs import spec_of
+from provisioner.work import Step, Work
 from stacks.cluster import provider_arguments
 from stacks.instance import container_arguments, volume_arguments
 from stacks.names import Names
@@ -51,8 +51,12 @@ log = structlog.get_logger(__name__)
 WORKERS = 4
 """Slow preparations side by side on one node; each node has its own, so that one that hangs holds up no other."""
 QUICK_WORKERS = 8
+CLOUD_WORKERS = 32
+"""Where homes are on cloud volumes: no machine takes more of those, and most of it is waiting for the cloud."""
 IMAGE_KNOWN_S = 60.0
 """How long an image that was seen on a node is taken to be there."""
+LOOK_S = 0.2
+"""How long an update waits for a node to say whether it has an image; the next one takes the answer otherwise."""
 KILL_WAIT_S = 3.0
 """How long a forced delete waits for the capture that it has cut off to clean up; later it cleans up all the same."""
 
@@ -87,6 +91,10 @@ class Preparation:
         self._pools: defaultdict[str, ThreadPoolExecutor] = defaultdict(
             lambda: ThreadPoolExecutor(max_workers=WORKERS, thread_name_prefix="machineuse-preparation")
         )
+        # A snapshot in the cloud takes minutes that nobody works on: no other instance waits for those.
+        self._cloud_pools: defaultdict[str, ThreadPoolExecutor] = defaultdict(
+            lambda: ThreadPoolExecutor(max_workers=CLOUD_WORKERS, thread_name_prefix="machineuse-cloud")
+        )
         # What takes a moment never queues behind gigabytes.
         self._quick_pools: defaultdict[str, ThreadPoolExecutor] = defaultdict(
             lambda: ThreadPoolExecutor(max_workers=QUICK_WORKERS, thread_name_prefix="machineuse-quick")
@@ -96,6 +104,8 @@ class Preparation:
         self._ahead: dict[str, Future[None]] = {}
         """What is being made ahead, by instance."""
         self._images: dict[tuple[str, str], float] = {}
+        self._looks: dict[tuple[str, str], Future[ImageInfo | None]] = {}
+        """Who is being asked whether it has an image."""
         self._patience: dict[str, float] = {}
         """Until when the delete of a killed instance waits for its capture."""
 
@@ -104,11 +114,15 @@ class Preparation:
 
         Raises what the preparation failed with: the step has failed then.
         """
-        if work.step is Step.CREATE:
-            job = self._prepare_image(work.record)
-            if work.record.volume == EBS:
-                job = self._prepare_cloud_body
-            elif job is None:
+        job: Callable[[InstanceRecord], None] | None
+        if work.step is Step.CREATE and work.record.volume == EBS:
+            job = self._prepare_cloud_body
+        elif work.step is Step.CREATE:
+            has_image = self._has_image(work.record)
+            if has_image is None:
+                return False  # its node has not said yet
+            job = None if has_image else self._bring_images
+            if job is None:
                 self._start_ahead(work.record)
         elif self._is_making_ahead(work.record) or (
             work.step is not Step.LIVE_SNAPSHOT and self._is_capturing(work.record)
@@ -123,10 +137,11 @@ class Preparation:
         if job is None:
             return True
         key = (work.record.id, work.record.generation, work.step)
+        pools = self._cloud_pools if work.record.volume == EBS else self._pools
         with self._lock:
             future = self._jobs.get(key)
             if future is None:
-                future = self._jobs[key] = self._pools[work.record.node_id].submit(job, work.record)
+                future = self._jobs[key] = pools[work.record.node_id].submit(job, work.record)
                 future.add_done_callback(lambda _: self._changes.work.set())
             if not future.done():
                 return False
@@ -238,7 +253,7 @@ class Preparation:
     def close(self) -> None:
         """Start nothing more; what runs is found again after a restart."""
         self._cloud.close()
-        for pool in (*self._pools.values(), *self._quick_pools.values()):
+        for pool in (*self._pools.values(), *self._cloud_pools.values(), *self._quick_pools.values()):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _is_capturing(self, record: InstanceRecord) -> bool:
@@ -265,20 +280,35 @@ class Preparation:
             raise UnknownNode(f"The cluster's file does not name node '{record.node_id}' any more.")
         return node
 
-    def _prepare_image(self, record: InstanceRecord) -> Callable[[InstanceRecord], None] | None:
-        """Return what brings the images that the instance's node needs first; None when it has them."""
+    def _has_image(self, record: InstanceRecord) -> bool | None:
+        """Say whether the instance's node has the image that it needs; None while the node has not answered.
+
+        A node that has gone silent takes seconds to be known for it, and nobody else's update waits for that.
+        """
         if record.restore_generation is not None and not record.repair:
-            return self._bring_images
+            return False  # which image that is, is in the snapshot
         host = self._hosts.of(self._node_of(record))
         key = (host.url, record.image)
         # What failed before may have failed because the image was removed meanwhile.
         if record.attempts == 0 and time.monotonic() - self._images.get(key, float("-inf")) < IMAGE_KNOWN_S:
+            return True
+        with self._lock:
+            look = self._looks.get(key)
+        if look is None:
+            look = self._quick_pools[record.node_id].submit(find_image, host, record.image)
+            look.add_done_callback(lambda _: self._changes.work.set())
+            with self._lock:
+                self._looks[key] = look
+            wait([look], timeout=LOOK_S)
+        if not look.done():
             return None
-        if find_image(host, record.image) is None:
-            return self._bring_images
+        with self._lock:
+            del self._looks[key]
+        if look.result() is None:
+            return False
         self._ledger.node_images.note_use(node_id=record.node_id, name=record.image)
         self._images[key] = time.monotonic()
-        return None
+        return True
 
     def _bring_images(self, record: InstanceRecord) -> None:
         node = self._node_of(record)
@@ -291,8 +321,7 @@ class Preparation:
             )
 
     def _prepare_cloud_body(self, record: InstanceRecord) -> None:
-        if (bring := self._prepare_image(record)) is not None:
-            bring(record)
+        self._bring_images(record)
         self._cloud.make_volume(record)
 
     def _release(self, record: InstanceRecord) -> None:

@@ -2,7 +2,8 @@
 
 The converger makes volume and container and hands the instance over with `watch`. From then on the instance is ready
 when its browser answers, or, without a browser, when its container has stayed up for a moment. It is given up when its
-container keeps ending, or when `ready_timeout_s` has passed; time in which its node does not answer is not counted.
+container keeps ending, or when `ready_timeout_s` has passed; time in which its node does not answer is not counted, and
+the others do not wait for such a node.
 One that was given up and answers later, because its machine was slow or its browser was mended, is taken back.
 
 Nothing here survives a crash, nor has to: `step` finds every instance in the ledger that is waited for.
@@ -23,7 +24,7 @@ from typing import TypeVar
 import structlog
 
 from provisioner import lifecycle
-from provisioner.browser_status import Ask, BrowserStatusClient, agent_url, ask_all
+from provisioner.browser_status import Ask, BrowserStatus, BrowserStatusClient, agent_url, ask_all
 from provisioner.changes import Changes
 from provisioner.cluster import Cluster
 from provisioner.docker_hosts.hosts import DockerHosts
@@ -31,7 +32,7 @@ from provisioner.docker_hosts.inventory import ContainerState, describe_containe
 from provisioner.errors import DockerError, NodeUnreachable, NotFound, NotReady
 from provisioner.ledger import Ledger
 from provisioner.ledger.instances import Update
-from provisioner.ledger.records import InstanceRecord
+from provisioner.ledger.records import InstanceRecord, NodeStatus
 from provisioner.settings import Settings
 from provisioner.states import UP, Status, Wanted
 from stacks.names import Names
@@ -49,6 +50,9 @@ GRACE_S = 0.6
 """How long a container without a browser must stay up."""
 MOST_RESTARTS = 3
 """A container whose command ended this often will not come up."""
+
+ASKED_ON_SILENT_NODES = 4
+"""Browsers that are asked at the same time on nodes that do not answer: each may cost its whole time limit."""
 
 REVISIT_EVERY_STEPS = 6
 """How often failed instances are looked at: whether they work after all."""
@@ -115,6 +119,9 @@ class Readiness:
         self._changes = changes
         self._names = Names(cluster.name)
         self._steps = 0
+        self._silent: frozenset[str] = frozenset()
+        """Nodes that do not answer, as far as the heartbeats know."""
+        self._few = asyncio.Semaphore(ASKED_ON_SILENT_NODES)
         self._answering: dict[str, int] = {}
         """The failed instances whose browser answered at the last look, and their container's restarts by then."""
         self._watches: dict[str, Watch] = {}
@@ -151,6 +158,8 @@ class Readiness:
 
     def step(self) -> None:
         """Watch every instance of the ledger that is waited for and not watched yet."""
+        nodes = self._ledger.nodes.list()
+        self._silent = frozenset(node.id for node in nodes if node.status is NodeStatus.OFFLINE or node.misses)
         for record in self._ledger.instances.unsettled():
             self.watch(record)
         self._steps += 1
@@ -163,7 +172,9 @@ class Readiness:
         records = {record.id: record for record in self._ledger.instances.failed()}
         for record in records.values():
             node = self._cluster.node(record.node_id)
-            if node is not None and record.wanted is Wanted.RUNNING and record.debug_port is not None:
+            if node is None or node.id in self._silent:
+                continue
+            if record.wanted is Wanted.RUNNING and record.debug_port is not None:
                 urls[record.id] = agent_url(node, debug_port=record.debug_port)
         before, self._answering = self._answering, {}
         for instance_id, status in self._ask(urls).items():
@@ -242,14 +253,21 @@ class Readiness:
     async def _follow(self, watch: Watch) -> None:
         while self._watches.get(watch.record.id) is watch:
             if watch.record.debug_port is not None:
-                url = agent_url(watch.node, debug_port=watch.record.debug_port)
-                status = await self._client.ask(url)
+                status = await self._ask_browser(watch.node, debug_port=watch.record.debug_port)
                 if status is not None and status.ready:
                     await self._ready(watch)
                     return
             if time.monotonic() >= watch.look_at and await self._look(watch):
                 return
             await asyncio.sleep(self._pause_s(watch))
+
+    async def _ask_browser(self, node: NodeSpec, *, debug_port: int) -> BrowserStatus | None:
+        """Ask a browser; those of silent nodes, which may go on while their engine hangs, a few at a time."""
+        url = agent_url(node, debug_port=debug_port)
+        if node.id not in self._silent:
+            return await self._client.ask(url)
+        async with self._few:
+            return await self._client.ask(url)
 
     def _pause_s(self, watch: Watch) -> float:
         waited_s = time.monotonic() - watch.began
@@ -262,6 +280,9 @@ class Readiness:
         watch.look_at = time.monotonic() + every_s
         if not await self._in(self._writers, lambda: self._still_awaited(watch.record)):
             return True
+        if watch.node.id in self._silent:  # whoever looks there waits, and others for him
+            watch.deadline = max(watch.deadline, time.monotonic() + self._settings.ready_timeout_s)
+            return False
         name = self._names.docker_container(watch.record.id)
         host = self._hosts.of(watch.node)
         before = time.monotonic()

@@ -5,6 +5,8 @@ nothing: it is told of once, in an event and the log, and looked at again. What 
 
 - A node is gone from the file, but an instance has its container there. (Drain the node first.)
 - A node that has instances gets another `host`, and behind that is another engine: one that lacks their homes.
+- A node that has instances on cloud volumes is no cloud machine any more.
+- A new node's `host` leads to the engine of another node: each would take the other's containers for its own.
 
 What is taken over, in this order; a crash between any two is made good by the full update of the next start:
 
@@ -20,8 +22,10 @@ full update. Engine runs one update at a time: those here and the converger's wa
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import structlog
@@ -30,12 +34,14 @@ from provisioner.changes import Changes
 from provisioner.cluster import APPLIED, Cluster, fingerprint, in_stack
 from provisioner.clusterfile import parse_cluster, path_of, read_text
 from provisioner.docker_hosts.hosts import DockerHosts
-from provisioner.docker_hosts.inventory import list_volumes
+from provisioner.docker_hosts.inventory import find_owner, list_volumes
 from provisioner.engine import Engine, Program
 from provisioner.errors import Conflict, DockerError, EngineError, LedgerMismatch, MachineuseError
+from provisioner.health import MOST_NODES_AT_ONCE
 from provisioner.ledger import Ledger
 from provisioner.ledger.records import InstanceRecord, NodeStatus
 from provisioner.outcomes import error_of
+from provisioner.prepull import note_images
 from provisioner.settings import Settings
 from provisioner.specs import all_urns, specs_of
 from provisioner.states import Wanted
@@ -90,8 +96,13 @@ class Reload:
     def sync(self) -> None:
         """Give the ledger the file's nodes. Raises Conflict for what `step` would refuse."""
         known = {node.id: node.host for node in self._ledger.nodes.list()}
+        if known:
+            added = [node for node in self._cluster.nodes if node.id not in known]
+            self._refuse_known_engines(added, spec=self._cluster.spec)
         moved = [node for node in self._cluster.nodes if known.get(node.id, node.host) != node.host]
-        self._emptying = not self._check(gone=known.keys() - {node.id for node in self._cluster.nodes}, moved=moved)
+        self._emptying = not self._check(
+            gone=known.keys() - {node.id for node in self._cluster.nodes}, moved=moved, nodes=self._cluster.nodes
+        )
         self._ledger.nodes.sync(self._cluster.nodes)
 
     def apply_all(self, engine: Engine) -> None:
@@ -125,6 +136,7 @@ class Reload:
             if self._owed(self._engine):  # raises EngineError into the loop's log, and is tried again
                 self._owed = None
                 self._next_update.forget()
+                self._hosts.keep_only(self._cluster.nodes)  # only now: the update still talked to who is gone
 
     def _read(self) -> None:
         """Read the file once it has changed, and is the same at two looks: nobody writes it any more then.
@@ -151,15 +163,14 @@ class Reload:
         gone = [node for node in old.nodes if spec.node(node.id) is None]
         changed = [(node, now) for node in old.nodes if (now := spec.node(node.id)) is not None and now != node]
         moved = [now for was, now in changed if was.host != now.host]
-        if not self._check(gone=[node.id for node in gone], moved=moved):
+        if not self._check(gone=[node.id for node in gone], moved=moved, nodes=spec.nodes):
             return False
         if added:
+            self._refuse_known_engines(added, spec=spec)
             self._join_stack(added, spec=spec, engine=engine)
         self._ledger.nodes.sync(spec.nodes, whole=True)
         self._cluster.replace(spec)
         self._tell_changes(added=added, gone=gone, changed=changed)
-        for node in gone:
-            self._hosts.of(node).close()
         self._changes.work.set()
         if self._owed is not None or any(in_stack(was) != in_stack(now) for was, now in changed):
             self._owed = self._update_all
@@ -171,8 +182,11 @@ class Reload:
         self._next_update.forget()
         return True
 
-    def _check(self, *, gone: Iterable[str], moved: Iterable[NodeSpec]) -> bool:
-        """Return whether this may be taken over now; False while something leaves by itself. Raises Conflict."""
+    def _check(self, *, gone: Iterable[str], moved: Iterable[NodeSpec], nodes: Iterable[NodeSpec]) -> bool:
+        """Return whether these `nodes` may be taken over now; False while something leaves by itself.
+
+        Raises Conflict.
+        """
         records = self._ledger.instances.all()
         leaving = False
         for node_id in sorted(gone):
@@ -186,6 +200,14 @@ class Reload:
                 )
             leaving |= bool(there)
         self._refuse_other_engines(moved, records=records)
+        for node in nodes:
+            homes = [r.id for r in records if r.node_id == node.id and r.body and r.volume == "ebs"]
+            if homes and node.cloud is None:
+                raise Conflict(
+                    f"Node '{node.id}' has no `cloud` any more, but {_count(homes)} on cloud volumes there.",
+                    resolution=f"Put its instance_id and zone back, drain it (`machineuse node drain {node.id}`), then"
+                    " change it.",
+                )
         return not leaving
 
     def _refuse_other_engines(self, nodes: Iterable[NodeSpec], *, records: Iterable[InstanceRecord]) -> None:
@@ -215,6 +237,22 @@ class Reload:
                     " their homes.",
                     resolution=resolution,
                 )
+
+    def _refuse_known_engines(self, added: Collection[NodeSpec], *, spec: ClusterSpec) -> None:
+        """Raise Conflict for a new node whose engine another node is; one that does not answer can't be asked."""
+        with ThreadPoolExecutor(max_workers=MOST_NODES_AT_ONCE) as pool:
+            owners = list(pool.map(self._owner_of, added))
+        for node, owner in zip(added, owners, strict=True):
+            if owner not in (None, node.id) and spec.node(str(owner)) is not None:
+                raise Conflict(
+                    f"Node '{node.id}' can't be added: behind {node.host} is the engine of node '{owner}'.",
+                    resolution=f"To reach node '{owner}' that way, change its host.",
+                )
+
+    def _owner_of(self, node: NodeSpec) -> str | None:
+        with contextlib.suppress(DockerError):
+            return find_owner(self._hosts.of(node), cluster=self._cluster.name, ledger_id=self._ledger.id)
+        return None
 
     # ---- the stack
 
@@ -287,6 +325,7 @@ class Reload:
     ) -> bool:
         """Run an update after which the stack is as `spec` says; return whether it is."""
         result = engine.update(program, targets=tuple(targets), excludes=tuple(excludes))
+        note_images(self._ledger, result)
         for urn, words in result.errors.items():
             error = error_of(words)
             if isinstance(error, LedgerMismatch):

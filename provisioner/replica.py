@@ -152,6 +152,8 @@ class Replica:
             self.cluster.replace(read_cluster(self.settings.project_dir, cluster=self.cluster.name))
         except SettingsError as error:
             log.warning("the cluster's file is not taken over", error=error.message)
+        else:
+            self._hosts.keep_only(self.cluster.nodes)
 
     def _lead(self) -> None:
         control_plane = ControlPlane(

@@ -7,11 +7,12 @@ Nothing here changes anything on a node. `outcome` waits for what becomes of a w
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import secrets
 import socket
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from provisioner import lifecycle
@@ -31,7 +32,7 @@ from provisioner.images import ImageCatalogue, ResolvedImage
 from provisioner.ledger import Ledger
 from provisioner.ledger.instances import LoadReader, Update
 from provisioner.ledger.records import InstanceRecord, Moving
-from provisioner.placement import Limits, Need, Place, choose_place
+from provisioner.placement import Arrivals, Limits, Need, Place, choose_place
 from provisioner.settings import Settings
 from provisioner.states import Status, Wanted
 from stacks.spec import NodeSpec
@@ -121,9 +122,9 @@ class InstanceService:
     def make_dormant(self, instance_id: str, *, reason: str = "asked for by a caller") -> InstanceRecord:
         """Want the instance dormant. Raises NotFound, Conflict, and SnapshotFailed where its node is offline."""
 
-        def decide(record: InstanceRecord, _: LoadReader) -> Update | None:
+        def decide(record: InstanceRecord, loads: LoadReader) -> Update | None:
             update = lifecycle.wish_dormant(record, reason=reason)
-            if update is not None and self._is_offline(record.node_id) and record.moving is None:
+            if update is not None and record.moving is None and not loads.is_online(record.node_id):
                 raise SnapshotFailed(
                     f"Node {record.node_id} does not answer, so no snapshot of instance {record.id} can be taken now.",
                     resolution="Retry once its node is online; the instance stays as it is.",
@@ -149,7 +150,7 @@ class InstanceService:
             if record.wanted is Wanted.RUNNING and record.operation in ("reviving", "moving"):
                 return None  # being revived already: this caller waits for the same outcome
             lifecycle.check_revivable(record)
-            need = self._need_again(record, node_preference=node_preference, strict=node_strict)
+            need = self._need_again(record, loads=loads, node_preference=node_preference, strict=node_strict)
             place = self._place(need, loads=loads)
             return lifecycle.wish_revived(
                 record,
@@ -159,26 +160,29 @@ class InstanceService:
                 volume=place.node.volume,
                 disk_enforced=place.disk_enforced,
                 why_there=place.note,
+                note=_tell_move(record),
             )
 
         return self._wish(instance_id, decide)
 
     def drain(self, instance_id: str) -> InstanceRecord:
         """Want a running instance dormant, to be revived on another node. Raises NotFound and NoCapacity."""
+        moving = self._ledger.instances.moving()  # by one caller, the Mover: there are no more of them when it decides
 
         def decide(record: InstanceRecord, loads: LoadReader) -> Update | None:
-            self._place(self._need_again(record, avoid={record.node_id}), loads=loads)
+            self._check_room_elsewhere(record, moving=moving, loads=loads)
             return lifecycle.wish_drained(record)
 
         return self._wish(instance_id, decide)
 
     def give_up_body(self, instance_id: str, *, away_s: float) -> InstanceRecord:
         """Want an instance of a lost node given back elsewhere, if there is a place. Raises NotFound and NoCapacity."""
+        moving = self._ledger.instances.moving()
 
         def decide(record: InstanceRecord, loads: LoadReader) -> Update | None:
-            if not self._is_offline(record.node_id):
+            if loads.is_online(record.node_id):
                 return None  # it is back
-            self._place(self._need_again(record, avoid={record.node_id}), loads=loads)
+            self._check_room_elsewhere(record, moving=moving, loads=loads)
             return lifecycle.wish_moved(record, away_s=away_s)
 
         return self._wish(instance_id, decide)
@@ -190,11 +194,7 @@ class InstanceService:
             if record.moving is None:
                 return None
             lifecycle.check_revivable(record)
-            place = self._place(self._need_again(record), loads=loads)
-            source = record.snapshot(record.snapshot_generation)
-            note = None
-            if record.moving is Moving.OFFLINE and source is not None:
-                note = f"Node {record.node_id} was lost: given back {lifecycle.tell_loss(source)}."
+            place = self._place(self._need_again(record, loads=loads), loads=loads)
             return lifecycle.wish_revived(
                 record,
                 method=FULL_RESTORE,
@@ -202,18 +202,28 @@ class InstanceService:
                 ports=place.ports,
                 volume=place.node.volume,
                 disk_enforced=place.disk_enforced,
-                note=note,
+                note=_tell_move(record),
             )
 
         return self._wish(instance_id, decide)
 
-    def _is_offline(self, node_id: str) -> bool:
-        return node_id not in self._ledger.nodes.online()
+    def _check_room_elsewhere(
+        self, record: InstanceRecord, *, moving: Iterable[InstanceRecord], loads: LoadReader
+    ) -> None:
+        """Raise NoCapacity unless another node has room for the instance, beside all that are on their way already."""
+        arrivals = Arrivals(loads.nodes(), ports_of=loads.ports)
+        for other in moving:
+            if other.wanted is Wanted.DORMANT and other.id != record.id:
+                with contextlib.suppress(NoCapacity):  # that one waits; there may be room for a smaller one
+                    need = self._need_again(other, loads=loads, avoid={other.node_id})
+                    arrivals.add(need, self._place(need, loads=arrivals))
+        self._place(self._need_again(record, loads=loads, avoid={record.node_id}), loads=arrivals)
 
     def _need_again(
         self,
         record: InstanceRecord,
         *,
+        loads: LoadReader,
         node_preference: str | None = None,
         strict: bool = False,
         avoid: Collection[str] = (),
@@ -231,7 +241,7 @@ class InstanceService:
             node_preference=node_preference,
             strict=strict,
             home_node=taken.node_id if taken is not None else record.node_id,
-            avoid=self._ledger.leftovers.nodes_of(record.id) | self._nodes_out_of_reach(record) | frozenset(avoid),
+            avoid=loads.nodes_with_leftovers(record.id) | self._nodes_out_of_reach(record) | frozenset(avoid),
         )
 
     def delete(self, instance_id: str, *, force: bool) -> InstanceRecord:
@@ -304,7 +314,7 @@ class InstanceService:
             )
         return frozenset(node.id for node in nodes) - near
 
-    def _place(self, need: Need, *, loads: LoadReader) -> Place:
+    def _place(self, need: Need, *, loads: LoadReader | Arrivals) -> Place:
         settings = self._settings
         return choose_place(
             need,
@@ -368,6 +378,14 @@ class InstanceService:
         base = f" (built on {image.base})" if image.base else ""
         note = f" ({place.note})" if place.note else ""
         return record, f"to run {runs}{base} on node {place.node.id}{note}"
+
+
+def _tell_move(record: InstanceRecord) -> str | None:
+    """Say what may be lost by the revival of an instance whose node was lost; None for any other."""
+    source = record.snapshot(record.snapshot_generation)
+    if record.moving is not Moving.OFFLINE or source is None:
+        return None
+    return f"Node {record.node_id} was lost: given back {lifecycle.tell_loss(source)}."
 
 
 def _need_of(request: CreateRequest, *, ports: int) -> Need:

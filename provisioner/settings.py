@@ -55,7 +55,8 @@ class Settings(BaseSettings):
     heartbeat_s: float = Field(default=5, gt=0)
     node_timeout_s: float = Field(default=5, gt=0)
     offline_after_misses: int = Field(default=3, ge=1)
-    sample_s: float = Field(default=15, gt=0)
+    sample_s: float = Field(default=15, gt=0, le=60)
+    """What is older than a minute and a half is not shown as what is used now."""
     disk_check_s: float = Field(default=60, gt=0)
     stop_timeout_s: int = Field(default=10, ge=0)
     """Seconds that a browser gets to shut down cleanly before it is killed."""

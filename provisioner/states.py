@@ -79,7 +79,6 @@ TRANSITIONS: dict[tuple[Status, Event], Status] = {
     (Status.DORMANT, Event.REVIVE): Status.CREATING,
     (Status.DORMANT, Event.DELETE): Status.DORMANT,
     (Status.FAILED, Event.DELETE): Status.FAILED,
-    (Status.FAILED, Event.MOVE): Status.CREATING,
     (Status.FAILED, Event.READY): Status.RUNNING,
     (Status.FAILED, Event.LOST): Status.CREATING,  # its repair was given up: what it still had is gone now
     (Status.CREATING, Event.ABANDON): Status.DORMANT,

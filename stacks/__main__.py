@@ -15,7 +15,7 @@ from pydantic import ValidationError
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from provisioner.cluster import APPLIED, fingerprint
-from provisioner.clusterfile import explain
+from provisioner.clusterfile import explain, find_clash
 from provisioner.errors import MachineuseError
 from provisioner.ledger import Ledger
 from provisioner.settings import Settings
@@ -33,6 +33,8 @@ async def main() -> None:
         spec = ClusterSpec.model_validate({"name": pulumi.get_stack(), **said})
     except ValidationError as error:
         raise pulumi.RunError(f"Pulumi.{pulumi.get_stack()}.yaml: {explain(error, fields=said)}") from error
+    if (clash := find_clash(spec)) is not None:
+        raise pulumi.RunError(f"Pulumi.{pulumi.get_stack()}.yaml: {clash[1]}")
     try:
         ledger = Ledger.open(Settings().ledger_location)
         ledger.check_cluster(spec.name)

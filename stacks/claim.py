@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pulumi
 
-CLAIM_TYPE = "machineuse:index:Claim"
+from stacks.names import CLAIM_TYPE
 
 
 class Claim(pulumi.CustomResource):
@@ -15,5 +15,5 @@ class Claim(pulumi.CustomResource):
 
     ledger_id: pulumi.Output[str]
 
-    def __init__(self, resource_name: str, *, ledger_id: str, opts: pulumi.ResourceOptions | None = None) -> None:
-        super().__init__(CLAIM_TYPE, resource_name, {"ledgerId": ledger_id}, opts)
+    def __init__(self, resource_name: str, *, ledger_id: str) -> None:
+        super().__init__(CLAIM_TYPE, resource_name, {"ledgerId": ledger_id})

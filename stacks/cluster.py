@@ -17,23 +17,30 @@ from stacks.claim import Claim
 from stacks.images import NodeImage
 from stacks.instance import Instance, endpoint_arguments
 from stacks.names import CLUSTER_LABEL, LEDGER_LABEL, URN_LABEL, Names
-from stacks.spec import Availability, ClusterSpec, InstanceSpec, NodeSpec
+from stacks.spec import ClusterSpec, InstanceSpec, NodeSpec
 
 WINDOW = 64
 """Resources whose registration is awaited together: the SDK's bookkeeping is quadratic in what is pending."""
 
 
-async def declare(spec: ClusterSpec, *, ledger_id: str, instances: Sequence[InstanceSpec], claim: bool = True) -> None:
+async def declare(
+    spec: ClusterSpec,
+    *,
+    ledger_id: str,
+    instances: Sequence[InstanceSpec],
+    claim: bool = True,
+    images: bool = False,
+) -> None:
     """Declare the cluster's nodes and these instances.
 
     With `claim` the stack is first claimed for the ledger: a stack that belongs to another ledger fails right there,
     before anything else is registered, so nothing can be taken for unwanted because the wrong ledger does not know it.
-    The catalogue's images on the nodes belong to such a full program only.
+    The catalogue's images on the nodes belong to such a full program, and to one that is about them (`images`).
     """
     if claim:
         await _registered([Claim("cluster", ledger_id=ledger_id)])
     providers = {node.id: _declare_node(node, spec=spec, ledger_id=ledger_id) for node in spec.nodes}
-    pending: list[pulumi.Resource] = _declare_images(spec) if claim else []
+    pending: list[pulumi.Resource] = _declare_images(spec) if images or claim else []
     for instance in instances:
         node = spec.node(instance.node_id)
         if node is None and instance.body:
@@ -76,7 +83,7 @@ def _declare_node(node: NodeSpec, *, spec: ClusterSpec, ledger_id: str) -> docke
 
 
 def _declare_images(spec: ClusterSpec) -> list[pulumi.Resource]:
-    """Declare every image of the catalogue, and the helpers', on every node that takes instances."""
+    """Declare every image of the catalogue, and the helpers', on every node: a closed one may be opened again."""
     return [
         NodeImage(
             names.node_image_name(node.id, image),
@@ -86,8 +93,7 @@ def _declare_images(spec: ClusterSpec) -> list[pulumi.Resource]:
             sources=[endpoint_arguments(other) for other in spec.nodes if other.id != node.id],
         )
         for node in spec.nodes
-        if node.availability is Availability.ACTIVE
-        for image in sorted({spec.helper_image, *spec.images.values()})
+        for image in spec.wanted_images
     ]
 
 

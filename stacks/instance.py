@@ -53,7 +53,7 @@ def volume_arguments(
     if device is not None:
         options = {"type": "ext4", "device": device, "o": "noatime,nodev"}
     elif quota is not None:
-        options = {"size": f"{int(quota * 1024)}m"}
+        options = {"size": f"{max(int(quota * 1024), 1)}m"}  # 0 would be no limit
     return {
         "name": own.docker_volume(spec.id),
         "driver_opts": options,

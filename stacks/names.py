@@ -14,6 +14,7 @@ SNAPSHOT_TYPE = "machineuse:index:Snapshot"
 RESTORE_TYPE = "machineuse:index:Restore"
 NODE_IMAGE_TYPE = "machineuse:index:NodeImage"
 CLOUD_VOLUME_TYPE = "machineuse:index:CloudVolume"
+CLAIM_TYPE = "machineuse:index:Claim"
 
 CLUSTER_LABEL = "machineuse.cluster"
 LEDGER_LABEL = "machineuse.ledger"

@@ -7,10 +7,8 @@ from typing import Any
 
 import pulumi
 
+from stacks.names import RESTORE_TYPE, SNAPSHOT_TYPE
 from stacks.properties import CamelCaseResource
-
-SNAPSHOT_TYPE = "machineuse:index:Snapshot"
-RESTORE_TYPE = "machineuse:index:Restore"
 
 
 class Snapshot(CamelCaseResource):

@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 DEFAULT_IMAGE = "ubuntu:22.04"
 """The image that the API's contract names as default; the catalogue says what really runs."""
@@ -71,12 +72,13 @@ class NodeSpec(Spec):
 
     id: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,30}$")
     host: str = "unix:///var/run/docker.sock"
-    """`unix://PATH`, `tcp://HOST:PORT` (with `cert_path`) or `ssh://USER@HOST[:PORT]`."""
+    """`unix://PATH`, `tcp://HOST:PORT` (with `cert_path`) or `ssh://USER@HOST[:PORT][/PATH]`."""
     cert_path: str | None = None
     """The directory of ca.pem, cert.pem and key.pem for `tcp://`, as Docker's own DOCKER_CERT_PATH."""
     ssh_opts: tuple[str, ...] = ()
     """What is handed on to `ssh` for `ssh://`, such as `-i`, `keys/node-b`."""
     address: str = "localhost"
+    """Where clients reach the ports; where the host names a machine and nothing else is said, there."""
     bind_ip: str = "127.0.0.1"
     ports: PortRange = PortRange()
     max_instances: int = Field(default=50, ge=1)
@@ -87,11 +89,49 @@ class NodeSpec(Spec):
     """What the instances' homes are on: the node's own disk, or a cloud volume each."""
     cloud: CloudIdentity | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_reached_where_its_engine_is(cls, said: Any) -> Any:
+        if isinstance(said, dict) and "address" not in said and (machine := machine_in(said.get("host"))):
+            return {**said, "address": machine}
+        return said
+
+    @field_validator("host")
+    @classmethod
+    def _names_an_engine(cls, host: str) -> str:
+        if not _is_engine(host):
+            raise ValueError("it should be unix:///PATH, tcp://HOST:PORT or ssh://USER@HOST[:PORT]")
+        return host
+
     @model_validator(mode="after")
     def _volumes_have_a_cloud(self) -> Self:
         if self.volume == "ebs" and self.cloud is None:
             raise ValueError("volume: ebs needs cloud: {instance_id: …, zone: …}")
         return self
+
+
+def machine_in(host: object) -> str | None:
+    """Return the machine that an engine's URL names; None for a socket, and for what is no URL."""
+    try:
+        return urlsplit(host).hostname if isinstance(host, str) else None
+    except ValueError:
+        return None
+
+
+def _is_engine(url: str) -> bool:
+    """Say whether this is a URL by which a Docker engine may be reached: whatever else it is would be guessed at."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return False
+    if any(char.isspace() for char in url) or not url.startswith(f"{parts.scheme}://"):
+        return False
+    if parts.scheme == "unix":
+        return not parts.netloc and parts.path not in ("", "/")
+    if parts.scheme == "tcp":
+        return bool(parts.hostname and port) and "@" not in parts.netloc and parts.path in ("", "/")
+    return parts.scheme == "ssh" and bool(parts.hostname) and parts.password is None
 
 
 class OfflinePolicy(Spec):
@@ -125,6 +165,11 @@ class ClusterSpec(Spec):
         if twice:
             raise ValueError(f"two nodes are called '{twice[0]}'")
         return self
+
+    @property
+    def wanted_images(self) -> tuple[str, ...]:
+        """Return the images that every node should have before anybody needs them there."""
+        return tuple(sorted({self.helper_image, *self.images.values()}))
 
     def node(self, node_id: str) -> NodeSpec | None:
         """Return the node of that id, or None."""

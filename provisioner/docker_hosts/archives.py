@@ -37,6 +37,7 @@ _RECORD_BYTES = 64 << 20
 _KILLED = 137
 _NO_COPY = 3
 _OUT_OF_TIME = 124
+_NEVER_STARTED = "created"
 MOST_PAUSED_S = 60
 """How long a container is paused at most for its home to be copied."""
 _HELPER_LIFE_S = 600
@@ -241,13 +242,11 @@ class DockerMachine:
             all=True,
             filters={"volume": volumes.home},
         )
-        used_by = {
-            user["Names"][0].lstrip("/"): user["Labels"].get(INSTANCE_LABEL)
-            for user in users
-            if HELPER_LABEL not in user["Labels"]
-        }
+        users = [user for user in users if HELPER_LABEL not in user["Labels"]]
+        used_by = {user["Names"][0].lstrip("/"): user["Labels"].get(INSTANCE_LABEL) for user in users}
+        ran = frozenset(user["Names"][0].lstrip("/") for user in users if user["State"] != _NEVER_STARTED)
         with self._helper(volumes.home, mounts={"/to": volumes.home}) as helper:
-            return HomeFacts(mark=self._read_small(helper, f"/to/{MARK_NAME}"), used_by=used_by)
+            return HomeFacts(mark=self._read_small(helper, f"/to/{MARK_NAME}"), used_by=used_by, ran=ran)
 
     def fill_home(self, volumes: Volumes, *, stamp: str, mark: str) -> str | None:
         """Empty the home volume, fill it from the copy volume, remove Chromium's locks, and leave `mark` there last.

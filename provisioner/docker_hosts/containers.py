@@ -6,7 +6,7 @@ Most of it takes its time under load, and may wait for minutes; a sign of life i
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -99,14 +99,6 @@ def find_container(host: DockerHost, container: str) -> Inspected | None:
         found: Inspected = host.call(f"inspect container {container}", host.work_api.inspect_container, container)
     except DockerNotFound:
         return None
-    return found
-
-
-def list_containers(host: DockerHost, *, labels: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Return short descriptions of all containers with these labels (`key` or `key=value`), stopped ones too."""
-    found: list[dict[str, Any]] = host.call(
-        "list containers", host.api.containers, all=True, filters={"label": list(labels)}
-    )
     return found
 
 

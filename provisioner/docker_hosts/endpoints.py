@@ -129,7 +129,14 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
     (r"Connection refused", "nothing listens there", "Start the engine (or sshd), or correct the node's host."),
     (r"No route to host|Network is unreachable", "there is no way to that machine", "Check that the machine is up."),
     (r"No such file or directory", "there is no such socket", "Start the engine, or correct the node's host."),
+    (
+        r"timed out|did not get through within",
+        "it says nothing in time",
+        "Check that the machine is up, that its engine is not stuck, and that no firewall is between.",
+    ),
 )
+_LONGEST = 200
+"""How much of what a library said is shown where the table knows no better words."""
 
 
 def explain_silence(url: str, *, detail: str, what: str) -> NodeUnreachable:
@@ -141,8 +148,9 @@ def explain_silence(url: str, *, detail: str, what: str) -> NodeUnreachable:
                 detail=f"could not {what}: {detail}",
                 resolution=resolution,
             )
+    words = " ".join(detail.split())
     return NodeUnreachable(
-        f"The Docker engine at {url} does not answer.",
+        f"The Docker engine at {url} does not answer: {words[:_LONGEST]}{'…' if len(words) > _LONGEST else '.'}",
         detail=f"could not {what}: {detail}",
         resolution="Check that the node is up and that its Docker engine runs.",
     )

@@ -46,6 +46,8 @@ MINIMUM_API = "1.41"
 POOL_SIZE = 64
 """Idle connections kept to one engine; as many long calls run at once without opening new ones."""
 
+_MOST_LETTERS = 300
+"""Of an engine's words in a message; all of them are in the detail."""
 _UNREACHABLE_RESOLUTION = "Check that the node is up and that its Docker engine runs."
 _WANTS_TLS = "HTTP request to an HTTPS server"
 _PORT_TAKEN = ("port is already allocated", "address already in use")
@@ -367,5 +369,5 @@ def _root_cause(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _shorten(words: str, *, limit: int = 300) -> str:
-    return words if len(words) <= limit else f"{words[:limit]}…"
+def _shorten(words: str) -> str:
+    return words if len(words) <= _MOST_LETTERS else f"{words[:_MOST_LETTERS]}…"

@@ -33,6 +33,7 @@ class ImageInfo:
 
 def find_image(host: DockerHost, name: str) -> ImageInfo | None:
     """Return the image of that name or id, or None when the engine does not have it."""
+    host.check_alive()  # of an engine that has gone silent, many ask in a row: it costs the time limit once
     try:
         found: dict[str, Any] = host.call(f"inspect image {name}", host.api.inspect_image, name)
     except DockerNotFound:

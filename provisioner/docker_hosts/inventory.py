@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from provisioner.docker_hosts.hosts import DockerHost
+from provisioner.docker_hosts.networks import find_network
 from provisioner.errors import DockerNotFound
-from stacks.names import CLUSTER_LABEL, INSTANCE_LABEL, LEDGER_LABEL
+from stacks.names import CLUSTER_LABEL, INSTANCE_LABEL, LEDGER_LABEL, URN_LABEL, Names, network_name
 
 _LOG_BYTES = 4096
+_LOG_LINES = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +85,16 @@ def list_volumes(host: DockerHost, *, cluster: str, ledger_id: str) -> list[List
     ]
 
 
+def find_owner(host: DockerHost, *, cluster: str, ledger_id: str) -> str | None:
+    """Return the id of the node that this engine is, or was, in the cluster; None where it never was one.
+
+    The cluster's network there says so. Raises DockerError.
+    """
+    network = find_network(host, Names(cluster).docker_network(ledger_id))
+    urn = str(((network or {}).get("Labels") or {}).get(URN_LABEL, ""))
+    return urn.rpartition("::")[2].removesuffix(network_name("")) or None
+
+
 def describe_container(host: DockerHost, *, name: str) -> ContainerState | None:
     """Return how the container is doing, or None when there is none of that name. Raises DockerError."""
     try:
@@ -99,13 +111,13 @@ def describe_container(host: DockerHost, *, name: str) -> ContainerState | None:
     )
 
 
-def read_last_log(host: DockerHost, *, name: str, lines: int = 3) -> str:
+def read_last_log(host: DockerHost, *, name: str) -> str:
     """Return the last non-empty lines that the container wrote, joined and shortened; "" when there is nothing.
 
     Raises DockerError.
     """
     try:
-        raw: bytes = host.call("read a container's log", host.api.logs, name, tail=lines)
+        raw: bytes = host.call("read a container's log", host.api.logs, name, tail=_LOG_LINES)
     except DockerNotFound:
         return ""
     text = raw[-_LOG_BYTES:].decode("utf-8", errors="replace")

@@ -48,7 +48,6 @@ class Tunnel:
         self._process: subprocess.Popen[str] | None = None
         self._said: deque[str] = deque(maxlen=LINES_KEPT)
         self._failure: tuple[float, NodeUnreachable] | None = None
-        self._closed = False
 
     @property
     def url(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from provisioner.docker_hosts.helpers import remove_helpers
@@ -64,9 +64,3 @@ def remove_volume(host: DockerHost, name: str) -> None:
             time.sleep(0.1)
         else:
             return
-
-
-def list_volumes(host: DockerHost, *, labels: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Return all volumes with these labels (`key` or `key=value`)."""
-    answer: dict[str, Any] = host.call("list volumes", host.api.volumes, filters={"label": list(labels)})
-    return answer.get("Volumes") or []

@@ -28,7 +28,7 @@ from sqlalchemy.exc import TimeoutError as NoConnectionFree
 from provisioner.errors import LedgerMismatch, LedgerUnavailable, SettingsError
 from provisioner.ledger import postgresql, sqlite, tables
 
-SCHEMA = "0002"
+SCHEMA = "0003"
 """The newest migration."""
 
 Location = Path | SecretStr

@@ -18,11 +18,8 @@ def add_event(
     connection: sa.Connection, *, kind: str, message: str, instance_id: str | None = None, node_id: str | None = None
 ) -> None:
     """Write one event inside the transaction of what it tells about."""
-    connection.execute(
-        tables.events.insert().values(
-            at=time.time(), instance_id=instance_id, node_id=node_id, kind=kind, message=message
-        )
-    )
+    row = {"at": time.time(), "instance_id": instance_id, "node_id": node_id, "kind": kind, "message": message}
+    connection.execute(tables.events.insert(), row)
 
 
 class Events:

@@ -20,8 +20,8 @@ from provisioner.errors import NotFound
 from provisioner.ledger import tables
 from provisioner.ledger.database import Database
 from provisioner.ledger.events import add_event
+from provisioner.ledger.loads import KnownNodes, NodeLoad, note_change, read_loads
 from provisioner.ledger.loads import LoadReader as LoadReader  # part of what a decision is given
-from provisioner.ledger.loads import NodeLoad, note_change, read_loads
 from provisioner.ledger.records import InstanceRecord, Moving, SnapshotRecord, SnapshotState
 from provisioner.states import Status, Wanted
 
@@ -54,12 +54,13 @@ class Instances:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._nodes = KnownNodes()
 
     def create(self, draft: Callable[[LoadReader], tuple[InstanceRecord, str]]) -> InstanceRecord:
         """Insert the instance that `draft` makes of the nodes' load; return it. `draft` returns it with a message."""
         with self._database.write() as connection:
-            record, message = draft(LoadReader(connection))
-            connection.execute(tables.instances.insert().values(**_row(record)))
+            record, message = draft(LoadReader(connection, self._nodes))
+            connection.execute(tables.instances.insert(), _row(record))
             note_change(connection, before=None, after=record)
             _take_ports(connection, record, [p for p in (record.debug_port, record.stream_port) if p is not None])
             add_event(connection, kind="create", message=message, instance_id=record.id, node_id=record.node_id)
@@ -74,7 +75,7 @@ class Instances:
         """
         with self._database.write() as connection:
             record = _read_one(connection, instance_id)
-            update = decide(record, LoadReader(connection))
+            update = decide(record, LoadReader(connection, self._nodes))
             if update is None:
                 return record
             _write(connection, record, update)
@@ -91,7 +92,7 @@ class Instances:
             with self._database.write() as connection:
                 found = _read(connection, [tables.instances.c.id.in_(instance_ids[start : start + _MANY])])
                 for record in found:
-                    update = decide(record, LoadReader(connection))
+                    update = decide(record, LoadReader(connection, KnownNodes()))  # the one before has written
                     if update is not None:
                         _write(connection, record, update)
                         self._database.tell(connection, record.id)
@@ -176,7 +177,7 @@ class Instances:
     def reader(self) -> Iterator[LoadReader]:
         """Give what decisions are given, outside of one: for asking, not for promising."""
         with self._database.read() as connection:
-            yield LoadReader(connection)
+            yield LoadReader(connection, self._nodes)
 
 
 def _row(record: InstanceRecord) -> dict[str, Any]:
@@ -245,5 +246,6 @@ def _write(connection: sa.Connection, record: InstanceRecord, update: Update) ->
 
 
 def _take_ports(connection: sa.Connection, record: InstanceRecord, ports: Sequence[int]) -> None:
-    for port in ports:
-        connection.execute(tables.ports.insert().values(node_id=record.node_id, port=port, instance_id=record.id))
+    if ports:
+        rows = [{"node_id": record.node_id, "port": port, "instance_id": record.id} for port in ports]
+        connection.execute(tables.ports.insert(), rows)

@@ -32,13 +32,6 @@ class Leftovers:
         with self._database.write() as connection:
             connection.execute(tables.leftovers.insert().values(node_id=node_id, urn=urn, name=name, at=time.time()))
 
-    def nodes_of(self, instance_id: str) -> frozenset[str]:
-        """Return the nodes on which something of an instance is left over."""
-        table = tables.leftovers
-        query = sa.select(table.c.node_id).where(table.c.urn.contains(f"::{instance_id}-", autoescape=True)).distinct()
-        with self._database.read() as connection:
-            return frozenset(connection.scalars(query))
-
     def list(self, node_id: str) -> list[Leftover]:
         """Return what is noted for a node, oldest first (a container before its volume)."""
         table = tables.leftovers

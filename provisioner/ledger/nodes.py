@@ -11,6 +11,7 @@ from provisioner.errors import Conflict, NotFound
 from provisioner.ledger import tables
 from provisioner.ledger.database import Database
 from provisioner.ledger.events import add_event
+from provisioner.ledger.loads import NEXT_REVISION
 from provisioner.ledger.records import NodeRecord, NodeStatus
 from provisioner.states import Wanted
 from stacks.spec import Availability, NodeSpec
@@ -42,6 +43,7 @@ class Nodes:
                     "address": spec.address,
                     "max_instances": spec.max_instances,
                     "availability": spec.availability.value,
+                    "revision": NEXT_REVISION,
                 }
                 if spec.id in known:
                     connection.execute(table.update().where(table.c.id == spec.id).values(**said))
@@ -56,7 +58,7 @@ class Nodes:
                             disk_quota=False,
                         )
                     )
-            for node_id in gone - in_use:
+            for node_id in gone - in_use:  # after the others got newer revisions: none is given twice
                 connection.execute(table.delete().where(table.c.id == node_id))
 
     def list(self) -> list[NodeRecord]:
@@ -82,12 +84,13 @@ class Nodes:
     def observe(self, node_id: str, *, values: Mapping[str, Any], event: tuple[str, str] | None = None) -> None:
         """Write what was observed of a node, with an event when something changed for people."""
         plain = {k: v.value if isinstance(v, NodeStatus) else v for k, v in values.items()}
+        update = tables.nodes.update().where(tables.nodes.c.id == node_id)
         with self._database.write() as connection:
-            connection.execute(tables.nodes.update().where(tables.nodes.c.id == node_id).values(**plain))
+            connection.execute(update.values(**plain, revision=NEXT_REVISION))
             if event is not None:
                 add_event(connection, kind=event[0], message=event[1], node_id=node_id)
 
 
 def _record(row: sa.RowMapping) -> NodeRecord:
     typed = {"status": NodeStatus(row["status"]), "availability": Availability(row["availability"])}
-    return NodeRecord(**{str(k): v for k, v in row.items()} | typed)
+    return NodeRecord(**{str(k): v for k, v in row.items() if k != "revision"} | typed)

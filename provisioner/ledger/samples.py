@@ -23,6 +23,7 @@ RAW = 0
 TEN_MINUTES = 600
 HOUR = 3600
 
+FRESH_FOR_S = 90
 _KEPT_S = {RAW: HOUR + TEN_MINUTES, TEN_MINUTES: 25 * HOUR, HOUR: 7 * 24 * HOUR + HOUR}
 
 
@@ -80,12 +81,12 @@ class Samples:
                 start = at - at % resolution_s if resolution_s else at
                 connection.execute(upsert, [_row(s, resolution_s=resolution_s, at=start) for s in samples])
 
-    def latest(self, scope: Scope, subjects: Sequence[str], *, max_age_s: float = 90) -> dict[str, Usage]:
-        """Return the newest use of each subject that was sampled within `max_age_s`."""
+    def latest(self, scope: Scope, subjects: Sequence[str]) -> dict[str, Usage]:
+        """Return the newest use of each subject that was sampled within the last minute and a half."""
         table = tables.samples
         query = (
             sa.select(table.c.subject, table.c.cpu_percent, table.c.memory_percent, table.c.disk_percent)
-            .where(table.c.resolution_s == RAW, table.c.scope == scope.value, table.c.at >= time.time() - max_age_s)
+            .where(table.c.resolution_s == RAW, table.c.scope == scope.value, table.c.at >= time.time() - FRESH_FOR_S)
             .order_by(table.c.at)
         )
         wanted = set(subjects)

@@ -145,6 +145,8 @@ nodes = Table(
     Column("cpu_percent", Float),
     Column("memory_percent", Float),
     Column("disk_percent", Float),
+    # Grows with every change of the row, and of the node's sums; see loads.py.
+    Column("revision", Long, nullable=False, server_default="0", index=True),
 )
 
 node_loads = Table(

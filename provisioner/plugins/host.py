@@ -28,10 +28,10 @@ _OPTIONS = [*_GRPC_CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)]
 class PluginServer:
     """One plugin on a port of its own."""
 
-    def __init__(self, servicer: PluginServicer, *, workers: int = WORKERS) -> None:
+    def __init__(self, servicer: PluginServicer) -> None:
         self.servicer = servicer
         self._server = grpc.server(
-            futures.ThreadPoolExecutor(max_workers=workers, thread_name_prefix=f"plugin-{servicer.package}"),
+            futures.ThreadPoolExecutor(max_workers=WORKERS, thread_name_prefix=f"plugin-{servicer.package}"),
             options=_OPTIONS,
         )
         provider_pb2_grpc.add_ResourceProviderServicer_to_server(servicer, self._server)
@@ -55,8 +55,8 @@ class PluginServer:
 class PluginHost:
     """All plugins of a process; a context manager."""
 
-    def __init__(self, servicers: Sequence[PluginServicer], *, workers: int = WORKERS) -> None:
-        self._servers = [PluginServer(servicer, workers=workers) for servicer in servicers]
+    def __init__(self, servicers: Sequence[PluginServicer]) -> None:
+        self._servers = [PluginServer(servicer) for servicer in servicers]
 
     def start(self) -> None:
         """Start serving; raise `SetupError`."""

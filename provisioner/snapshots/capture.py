@@ -119,7 +119,6 @@ class Capture:
         machine: Machine,
         store: SnapshotStore,
         progress: Progress = lambda _: None,
-        now: Callable[[], datetime] = lambda: datetime.now(UTC),
         home_keeper: HomeKeeper | None = None,
     ) -> None:
         """Take the home as an archive, or leave it to `home_keeper`."""
@@ -129,7 +128,6 @@ class Capture:
         self._machine = machine
         self._store = store
         self._progress = progress
-        self._now = now
         self._facts: ContainerFacts | None = None
         self._writer: SnapshotWriter | None = None
         self._parts: dict[PartName, Part] = {}
@@ -339,7 +337,7 @@ class Capture:
             instance_id=request.snapshot.instance_id,
             cluster=request.cluster,
             generation=request.snapshot.generation,
-            created_at=self._now(),
+            created_at=datetime.now(UTC),
             node_id=request.node_id,
             image=ImageIdentity(reference=request.image, id=self._record.original.id),
             home_path=request.volumes.home_path,
@@ -387,14 +385,9 @@ class Capture:
 
     def _give_up(self, error: Exception) -> SnapshotFailed:
         """Leave nothing behind, let the container run again, and return what to raise."""
-        with contextlib.suppress(MachineuseError):
-            if self._writer is not None:
-                self._writer.abandon()
-                self._store.delete(self._request.snapshot)
-                if self._home_keeper is not None:
-                    self._home_keeper.discard()
         if self._writer is not None:  # else it may belong to a snapshot that is complete and only out of reach
-            self._remove_copy()
+            with contextlib.suppress(MachineuseError):
+                self._discard(self._writer)
         cause = error.message if isinstance(error, MachineuseError) else f"The archive could not be read: {error}."
         detail = error.detail if isinstance(error, MachineuseError) else repr(error)
         resolution = error.resolution if isinstance(error, MachineuseError) else None
@@ -414,6 +407,22 @@ class Capture:
         return SnapshotFailed(
             f"No snapshot was taken, the instance goes on running: {cause}", detail=detail, resolution=resolution
         )
+
+    def _discard(self, writer: SnapshotWriter) -> None:
+        """Remove what this attempt has made.
+
+        Who was frozen for long, or has lost its lease, fails where another attempt has long succeeded: what that one
+        has kept is all that is left of the instance.
+        """
+        writer.abandon()
+        with contextlib.suppress(SnapshotMissing):
+            if self._store.read_manifest(self._request.snapshot) != self._manifest:
+                log.warning("snapshot was taken by another", snapshot=str(self._request.snapshot))
+                return
+            self._store.delete(self._request.snapshot)
+        if self._home_keeper is not None:
+            self._home_keeper.discard()
+        self._remove_copy()
 
     def _remove_copy(self) -> None:
         with contextlib.suppress(MachineuseError):

@@ -10,15 +10,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import IO
 
 import structlog
+from pydantic import ValidationError
 
 from provisioner.errors import SnapshotCorrupt, SnapshotFailed, SnapshotKeyMissing, SnapshotMissing
 from provisioner.snapshots.checked import CheckedReader, parse_manifest
@@ -30,6 +32,9 @@ from provisioner.snapshots.tars import Readable, Writable
 log = structlog.get_logger(__name__)
 
 _MANIFEST = "manifest.json"
+_NAMES = "|".join(re.escape(name) for name in [*PartName, _MANIFEST])
+_LEFT = re.compile(rf"\.({_NAMES})\.[0-9a-f]{{8}}\.tmp")
+_OURS = re.compile(rf"{_LEFT.pattern}|{_NAMES}")
 
 
 class DirectoryStore:
@@ -94,7 +99,11 @@ class DirectoryStore:
             yield opener.open(part, CheckedReader(file, part, snapshot=manifest.id))
 
     def list(self, instance_id: str) -> tuple[Manifest, ...]:
-        """Return the whole snapshots of an instance, oldest generation first; unreadable ones are left out."""
+        """Return the whole snapshots of an instance, oldest generation first; unreadable ones are left out.
+
+        Raises:
+            SnapshotFailed: the store can't be read.
+        """
         manifests = []
         for directory in _entries(self._root / SnapshotId(instance_id=instance_id, generation=0).instance_id):
             if directory.name.isdecimal():
@@ -122,16 +131,22 @@ class DirectoryStore:
             for emptied in (directory, directory.parent):
                 _remove_directory(emptied)
 
-    def clean_up(self, *, older_than: timedelta) -> int:
-        """Remove what crashes left and nobody has written to for `older_than`; return how many snapshots that were."""
+    def clean_up(self, *, older_than: timedelta, spared: Collection[SnapshotId] = ()) -> int:
+        """Remove what crashes left and nobody has written to for `older_than`; return how many snapshots that were.
+
+        The directory may hold other things, and nothing is removed that is not named as we name it.
+        """
         before = time.time() - older_than.total_seconds()
         removed = 0
         for instance in _entries(self._root):
             for directory in _entries(instance):
+                snapshot = _parse(instance.name, directory.name)
+                if snapshot is None or snapshot in spared:
+                    continue
                 whole = (directory / _MANIFEST).exists()
                 files = list(_entries(directory))
-                left = [path for path in files if path.name.endswith(".tmp")] if whole else files
-                if any(_mtime(path) > before for path in [directory, *left]) or (whole and not left):
+                left = [path for path in files if (_LEFT if whole else _OURS).fullmatch(path.name)]
+                if (files and not left) or any(_mtime(path) > before for path in [directory, *left]):
                     continue
                 with _writing(self._root):
                     for path in left:
@@ -157,6 +172,8 @@ class DirectoryWriter:
         self._sealer = sealer
         self._token = secrets.token_hex(4)
         self._verified: Manifest | None = None
+        self._manifest_name = f".{_MANIFEST}.{self._token}.tmp"
+        self._placed: list[Path] = []
 
     @contextmanager
     def part(self, name: PartName) -> Iterator[Writable]:
@@ -195,11 +212,13 @@ class DirectoryWriter:
             return
         if self._verified != manifest:
             self.verify(manifest)
+        if (self._directory / _MANIFEST).exists():  # of a writer that came after this one, which was frozen
+            raise SnapshotFailed(f"Snapshot {self._snapshot} exists already and is never overwritten.")
         with _writing(self._root):
             for part in manifest.parts:
-                self._temporary(part.name).replace(self._directory / part.name.value)
+                self._placed.append(self._temporary(part.name).replace(self._directory / part.name.value))
             _sync(self._directory)
-            temporary = self._directory / f".{_MANIFEST}.{self._token}.tmp"
+            temporary = self._directory / self._manifest_name
             with _create(temporary) as file:
                 _WholeWrites(file, self._root).write(manifest.to_json())
             _sync(temporary)
@@ -208,14 +227,11 @@ class DirectoryWriter:
                 _sync(directory)
 
     def abandon(self) -> None:
-        """Remove what was written. Idempotent; harmless after `commit`."""
-        if (self._directory / _MANIFEST).exists():
-            return
+        """Remove what was written. Idempotent; harmless after `commit`, also that of another writer."""
         with contextlib.suppress(OSError):
-            for name in PartName:
-                self._temporary(name).unlink(missing_ok=True)
-                (self._directory / name.value).unlink(missing_ok=True)
-            (self._directory / f".{_MANIFEST}.{self._token}.tmp").unlink(missing_ok=True)
+            placed = [] if (self._directory / _MANIFEST).exists() else self._placed
+            for path in (*map(self._temporary, PartName), self._directory / self._manifest_name, *placed):
+                path.unlink(missing_ok=True)
             _remove_directory(self._directory)
             _remove_directory(self._directory.parent)
 
@@ -242,6 +258,16 @@ class _WholeWrites:
             while view:
                 view = view[self._file.write(view) :]
         return len(data)
+
+
+def _parse(instance_id: str, generation: str) -> SnapshotId | None:
+    """Return the snapshot that a directory with these names is for; None for one that is not ours."""
+    if not generation.isascii() or not generation.isdecimal() or str(int(generation)) != generation:
+        return None
+    try:
+        return SnapshotId(instance_id=instance_id, generation=int(generation))
+    except ValidationError:
+        return None
 
 
 def _create(path: Path) -> IO[bytes]:
@@ -287,8 +313,10 @@ def _make_private(directory: Path) -> None:
 
 
 def _empty(directory: Path) -> None:
+    """Remove what is ours in a snapshot's directory."""
     for path in _entries(directory):
-        path.unlink(missing_ok=True)
+        if _OURS.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def _remove_directory(directory: Path) -> None:
@@ -307,6 +335,12 @@ def _entries(directory: Path) -> Iterator[Path]:
         yield from sorted(directory.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return
+    except OSError as error:  # not "empty": what is only out of reach now must never be taken for gone
+        raise SnapshotFailed(
+            f"The snapshot store's {directory} can't be read: {error.strerror}.",
+            detail=str(error),
+            resolution=_resolve(error),
+        ) from error
 
 
 def _mtime(path: Path) -> float:

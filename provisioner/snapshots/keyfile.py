@@ -7,6 +7,7 @@ added is used at once, and no snapshot is taken with a key whose file is gone.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
@@ -18,7 +19,7 @@ from provisioner.snapshots.keyset import Keyset, KeysetBroken, Wrapping
 
 
 class KeyFile:
-    """Reads and writes the key file. Safe for several threads; changing it is one process's business at a time."""
+    """Reads and writes the key file. Safe for several threads; of two that change it at once, one is told to wait."""
 
     def __init__(self, path: Path, *, wrapping: Wrapping | None = None) -> None:
         """Name the file; `wrapping` is what it is encrypted by."""
@@ -53,11 +54,8 @@ class KeyFile:
     def create(self) -> Keyset:
         """Make the file, with one new key; raises `SettingsError` when there is one, and what `load` raises."""
         if self.path.exists():
-            raise SettingsError(
-                f"There is a key file {self.path} already; it is never overwritten.",
-                resolution="For a new key beside those in it, run `machineuse snapshots rotate-key`.",
-            )
-        return self._write(Keyset.generate())
+            raise self._is_there()
+        return self._write(Keyset.generate(), new=True)
 
     def rotate(self) -> Keyset:
         """Add a key, which new snapshots are encrypted with from now on; the others stay, to read the old ones."""
@@ -124,8 +122,8 @@ class KeyFile:
             else "Set MACHINEUSE_SNAPSHOT_KEYS to the file's path, or name another file.",
         )
 
-    def _write(self, keyset: Keyset) -> Keyset:
-        """Put the file in place as a whole, or not at all."""
+    def _write(self, keyset: Keyset, *, new: bool = False) -> Keyset:
+        """Put the file in place as a whole, or not at all: never over one that somebody else has written since."""
         text = keyset.serialize(self._wrapping)
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         try:
@@ -134,14 +132,33 @@ class KeyFile:
                 file.write(text + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(self.path)
+            if new:
+                os.link(temporary, self.path)
+            elif self._look() != self._seen:
+                raise SettingsError(
+                    f"The snapshots' key file {self.path} has been changed meanwhile, and was left as it is.",
+                    resolution="Look at `machineuse snapshots keys`, and try again.",
+                )
+            else:
+                temporary.replace(self.path)
             descriptor = os.open(self.path.parent, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+        except FileExistsError as error:
+            raise self._is_there() from error
         except OSError as error:
             raise SettingsError(
                 f"The snapshots' key file {self.path} can't be written: {error.strerror}.", detail=str(error)
             ) from error
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
         return keyset
+
+    def _is_there(self) -> SettingsError:
+        return SettingsError(
+            f"There is a key file {self.path} already; it is never overwritten.",
+            resolution="For a new key beside those in it, run `machineuse snapshots rotate-key`.",
+        )

@@ -62,6 +62,8 @@ class HomeFacts:
     """What `write_home` or `fill_home` left as its last act."""
     used_by: Mapping[str, str | None]
     """Containers that mount it: name → the instance that their label names."""
+    ran: frozenset[str]
+    """Those of them that have been started at least once."""
 
 
 @dataclass(frozen=True)

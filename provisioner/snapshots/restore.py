@@ -6,10 +6,11 @@ written, then unpacks it. What the instance had changed above its image is built
 one, before the home volume is touched.
 
 A mark in the home volume is the last thing written. Finding it, a repeated restore has nothing to do; not finding it,
-it empties the volume and begins again. A volume that the instance's container has already is never written to: the
-container comes after the restore, so the restore was complete. The mark is the SHA-256 of the home archive, which
-nothing *inside* that archive can know: a mark that came along with the archive, or was put there by the browser's user,
-proves nothing and is not believed.
+it empties the volume and begins again. A volume in which the instance's container has run already is never written to:
+the container comes after the restore, so the restore was complete. (One that was never started proves nothing: a node
+that was silent for a while may carry out late what it was asked for an earlier life.) The mark is the SHA-256 of the
+home archive, which nothing *inside* that archive can know: a mark that came along with the archive, or was put there by
+the browser's user, proves nothing and is not believed.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ class _Restoring:
                 f"The volume {volumes.home} is used by the container {strangers[0]}; nothing was restored into it.",
                 resolution="Remove that container, then revive the instance again.",
             )
-        return self._mark(self.request.method, None)
+        return self._mark(self.request.method, None) if home.ran else None
 
     def fill_home(self) -> Mark:
         """Fill the home volume by the method that was asked for, or the other one."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
@@ -130,7 +130,7 @@ class S3Store:
                 self._bucket.delete(self._key(snapshot, name))
             self._abort_uploads(snapshot)
 
-    def clean_up(self, *, older_than: timedelta) -> int:
+    def clean_up(self, *, older_than: timedelta, spared: Collection[SnapshotId] = ()) -> int:
         """Remove what crashes left and nobody has written to for `older_than`; return how many snapshots that were.
 
         Raises:
@@ -138,18 +138,24 @@ class S3Store:
         """
         before = datetime.now(UTC) - older_than
         removed: set[SnapshotId] = set()
+        fresh = set(spared)
+        with _failing():
+            # Uploads first: a part that is still on its way keeps those alive that were whole long ago.
+            for upload in list(self._bucket.list_uploads(self._prefix)):
+                if (owner := self._parse(upload.key)) is None or owner[0] in spared:
+                    continue
+                if upload.started_at > before or self._bucket.find_last_write(upload) > before:
+                    fresh.add(owner[0])
+                    continue
+                self._bucket.abort_upload(upload.key, upload.id)
+                removed.add(owner[0])
         for snapshot, names in self._find("").items():
-            if _MANIFEST in names or any(modified > before for modified in names.values()):
+            if snapshot in fresh or _MANIFEST in names or any(modified > before for modified in names.values()):
                 continue
             with _failing():
                 for name in names:
                     self._bucket.delete(self._key(snapshot, name))
             removed.add(snapshot)
-        with _failing():
-            for upload in list(self._bucket.list_uploads(self._prefix)):
-                if (owner := self._parse(upload.key)) and upload.started_at <= before:
-                    self._bucket.abort_upload(upload.key, upload.id)
-                    removed.add(owner[0])
         for snapshot in sorted(removed, key=str):
             log.info("abandoned snapshot removed", snapshot=str(snapshot))
         return len(removed)
@@ -197,6 +203,7 @@ class S3Writer:
         with _failing():
             if name in self._uploads:
                 self._uploads.pop(name).abort()
+                self._bucket.delete(self._prefix + name.value)
             upload = self._bucket.begin_upload(self._prefix + name.value)
         self._uploads[name] = upload
         yield _FailingWrites(upload)
@@ -228,6 +235,7 @@ class S3Writer:
         if self._verified != manifest:
             self.verify(manifest)
         with _failing():
+            self._check_not_overtaken(manifest)
             try:
                 self._bucket.put(self._prefix + _MANIFEST, manifest.to_json(), new=True)
             except ObjectStorageError:
@@ -236,15 +244,22 @@ class S3Writer:
                     raise
 
     def abandon(self) -> None:
-        """Remove what was written. Idempotent; harmless after `commit`."""
+        """Remove what was written. Idempotent; harmless after `commit`, also that of another writer."""
         try:
+            for upload in self._uploads.values():
+                upload.abort()
             if any(each.key == self._prefix + _MANIFEST for each in self._bucket.list(self._prefix)):
                 return
-            for name, upload in self._uploads.items():
-                upload.abort()
+            for name in self._uploads:
                 self._bucket.delete(self._prefix + name.value)
         except ObjectStorageError as error:
             log.warning("snapshot not removed", snapshot=str(self._snapshot), error=error.message, detail=error.detail)
+
+    def _check_not_overtaken(self, manifest: Manifest) -> None:
+        """Raise unless the parts are still the ones that this writer put there: it may have been frozen since."""
+        for part in manifest.parts:
+            if self._uploads[part.name].etag != self._bucket.find_etag(self._prefix + part.name.value):
+                raise SnapshotFailed(f"Snapshot {self._snapshot} was begun anew by somebody else.")
 
     def _is_in_place(self, manifest: Manifest) -> bool:
         with _failing():

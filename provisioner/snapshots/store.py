@@ -39,12 +39,15 @@ class SnapshotWriter(Protocol):
         ...
 
     def abandon(self) -> None:
-        """Remove what was written. Idempotent; harmless after `commit`."""
+        """Remove what was written. Idempotent; harmless after `commit`, also that of another writer."""
         ...
 
 
 class SnapshotStore(Protocol):
-    """Keeps snapshots. Safe for several threads, as long as one snapshot has one writer."""
+    """Keeps snapshots. Safe for several threads, as long as one snapshot has one writer.
+
+    A store that can't be used raises `SnapshotFailed`, never `SnapshotMissing`.
+    """
 
     def begin(self, snapshot: SnapshotId) -> SnapshotWriter:
         """Start a snapshot, removing what a crash left of an earlier attempt.
@@ -75,8 +78,11 @@ class SnapshotStore(Protocol):
         """Remove a snapshot, its manifest first. Idempotent."""
         ...
 
-    def clean_up(self, *, older_than: timedelta) -> int:
-        """Remove what crashes left and nobody has written to for `older_than`; return how many snapshots that were."""
+    def clean_up(self, *, older_than: timedelta, spared: Collection[SnapshotId] = ()) -> int:
+        """Remove what crashes left and nobody has written to for `older_than`; return how many snapshots that were.
+
+        What is `spared` is being written, or will be again, whatever the clocks say. What is not ours is left alone.
+        """
         ...
 
 

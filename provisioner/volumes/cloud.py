@@ -68,6 +68,11 @@ class Attachment:
     """The name that was asked for; what the machine calls it is another matter."""
     state: str
 
+    @property
+    def leaving(self) -> bool:
+        """Say whether it is being detached; `busy` is AWS's word for a machine that has yet to let go."""
+        return self.state in ("detaching", "busy")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Volume:
@@ -165,7 +170,7 @@ class Cloud(Protocol):
         """Begin to attach. Raises `VolumeBusy`, `DeviceNameTaken`, `CloudMissing`."""
 
     def detach(self, volume_id: str, *, machine: str, force: bool) -> None:
-        """Begin to detach; one that is not attached is a success. Raises `CloudMissing`."""
+        """Begin to detach; one that is not attached, or being detached, is a success. Raises `CloudMissing`."""
 
     def delete_volume(self, volume_id: str) -> None:
         """Delete a volume; one that is gone is a success. Raises `VolumeBusy`."""

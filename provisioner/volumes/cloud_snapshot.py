@@ -23,7 +23,7 @@ from provisioner.volumes.cloud import (
     SnapshotProgress,
     Volume,
 )
-from provisioner.volumes.devices import DeviceName, Devices
+from provisioner.volumes.devices import Devices
 from provisioner.volumes.waiting import Patience
 
 log = structlog.get_logger(__name__)
@@ -91,8 +91,7 @@ class SnapshotWork:
         """
         if volume.attachment is None or self.devices is None:
             return
-        name = DeviceName(volume_id=volume.id, asked_for=volume.attachment.device, size_gib=volume.size_gib)
-        device = self.devices.find(name, timeout_s=self.patience.device_s)
+        device = self.devices.find(volume.id, size_gib=volume.size_gib, timeout_s=self.patience.device_s)
         self.devices.settle(device, volume_id=volume.id, timeout_s=self.patience.device_s)
 
     def check(self, home: CloudHome, *, size_gib: int | None = None) -> None:

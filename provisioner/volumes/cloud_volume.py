@@ -33,7 +33,7 @@ from provisioner.volumes.cloud import (
     VolumeBusy,
     VolumeState,
 )
-from provisioner.volumes.devices import DeviceName, Devices
+from provisioner.volumes.devices import Devices
 from provisioner.volumes.waiting import Patience
 
 log = structlog.get_logger(__name__)
@@ -105,9 +105,7 @@ class VolumeWork:
         started = time.monotonic()
         volume = self.ensure_volume(request)
         volume = self.ensure_attached(volume, request)
-        assert volume.attachment is not None
-        name = DeviceName(volume_id=volume.id, asked_for=volume.attachment.device, size_gib=volume.size_gib)
-        device = devices.find(name, timeout_s=self._patience.device_s)
+        device = devices.find(volume.id, size_gib=volume.size_gib, timeout_s=self._patience.device_s)
         self.ensure_prepared(volume, device, request=request, devices=devices)
         log.info(
             "cloud volume ready",
@@ -165,6 +163,7 @@ class VolumeWork:
         return rank[0] if rank else None
 
     def _create(self, request: VolumeRequest) -> Volume:
+        self._check_machine(request)
         source = request.snapshot_id()
         tags = request.owner.all_tags | {
             GENERATION_TAG: str(request.generation),
@@ -207,12 +206,28 @@ class VolumeWork:
             resolution="Look into the cloud's console: quota, zone, and the key that volumes are encrypted with.",
         )
 
+    def _check_machine(self, request: VolumeRequest) -> None:
+        """Raise CloudError for a machine that is elsewhere, before there is a volume that could not be attached."""
+        resolution = "Correct cloud.instance_id and cloud.zone of the node in the cluster's file."
+        try:
+            machine = self._cloud.describe_machine(request.machine)
+        except CloudMissing as error:
+            raise CloudError(
+                f"There is no machine {request.machine} in {self._cloud.region}.",
+                detail=error.detail,
+                resolution=resolution,
+            ) from error
+        if machine.zone != request.zone:
+            raise CloudError(
+                f"Machine {machine.id} is in {machine.zone}, and its node says {request.zone}.", resolution=resolution
+            )
+
     def ensure_attached(self, volume: Volume, request: VolumeRequest) -> Volume:
         """Attach a volume to its node's machine; takes it from another one only if that does not run any more."""
         if volume.attachment is not None and volume.attachment.machine != request.machine:
             self._take_from(volume, request)
             volume = self._await_detached(volume.id)
-        if volume.attachment is not None and volume.attachment.state == "detaching":
+        if volume.attachment is not None and volume.attachment.leaving:
             volume = self._await_detached(volume.id)  # cut off there, before
         if volume.attachment is None:
             self._progress(f"attaching volume {volume.id}")
@@ -269,12 +284,16 @@ class VolumeWork:
         devices.prepare(device, volume_id=volume.id, blank=request.life == 0 or request.snapshot_id() is None)
         self._cloud.tag(volume.id, {PREPARED_TAG: "true"})
 
-    def release(self, owner: Owner, *, force: bool = False) -> int:
+    def release(self, owner: Owner, *, force: bool = False, allowed: Callable[[], bool] = lambda: True) -> int:
         """Detach and delete every volume of an instance, whatever is on it; return how many there were. Idempotent.
 
-        Nothing may use them any more. With `force` a machine that does not let go is not waited for.
+        Nothing may use them any more. `allowed` is asked once they are known: what it lets go was there before it was
+        asked, so a volume that is made for a later wish is not among them, however long this was held up. With `force`
+        a machine that does not let go is not waited for.
         """
         volumes = self._find(owner)
+        if not allowed():
+            return 0
         for volume in volumes:
             self._remove(volume, force=force)
         return len(volumes)

@@ -1,8 +1,8 @@
 """An attached volume on its node: which device it is, and the file system on it.
 
 A node needs nothing but its Docker engine: helper containers look into its /dev, read-only, and work on the one device
-that they are given. On Nitro machines a device is found by the volume's id, which is its serial number. On older ones
-it has the name that was asked for; there, and everywhere, its size has to be the volume's too.
+that they are given. A device is found by the volume's id, which is its serial number on Nitro machines, and its size
+has to be the volume's too. The name that an attachment asks for proves nothing: it may be another volume's by now.
 
 Nothing that bears any signature is ever formatted, and the kernel refuses to format or check what is mounted.
 """
@@ -10,14 +10,12 @@ Nothing that bears any signature is ever formatted, and the kernel refuses to fo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Protocol
 
 from provisioner.docker_hosts.helpers import run_helper
 from provisioner.docker_hosts.hosts import DockerHost
 from provisioner.errors import CloudConflict, CloudError
 
-FILE_SYSTEM = "ext4"
 LINK = "disk/by-id/nvme-Amazon_Elastic_Block_Store_{}"
 """What udev calls a volume, below /dev; `vol-0abc` is `vol0abc` there."""
 
@@ -26,14 +24,12 @@ _TARGET = "/dev/machineuse-volume"
 _NODE_DEV = "/node-dev"
 
 _FIND = r"""
-bytes=$1; tries=$2; shift 2
+link=/node-dev/$1; bytes=$2; tries=$3
 while :; do
-    for name in "$@"; do
-        [ -b "/node-dev/$name" ] || continue
-        device=$(basename "$(readlink -f "/node-dev/$name")")
-        sectors=$(cat "/sys/class/block/$device/size" 2>/dev/null) || continue
-        [ $((sectors * 512)) = "$bytes" ] && { echo "$name"; exit 0; }
-    done
+    if [ -b "$link" ]; then
+        device=$(basename "$(readlink -f "$link")")
+        sectors=$(cat "/sys/class/block/$device/size" 2>/dev/null) && [ $((sectors * 512)) = "$bytes" ] && exit 0
+    fi
     tries=$((tries - 1))
     [ "$tries" -gt 0 ] || exit 3
     sleep 0.2
@@ -53,14 +49,18 @@ esac
 if [ "$code" = 2 ]; then
     [ "$blank" = yes ] || { echo "there is no file system on it"; exit 5; }
     mkfs.ext4 -q -F -m 0 -E root_owner=1000:1000,lazy_itable_init=1 "$device" 2>&1 || exit 1
-    # An empty volume gets what the image has in its home, like any volume of Docker's.
-    debugfs -w -R 'rmdir /lost+found' "$device" > /dev/null 2>&1
-    exit 0
+else
+    [ "$type" = ext4 ] || {
+        echo "there is something else on it: ${type:-$(printf '%s' "$found" | tr '\n' ' ')}"
+        exit 4
+    }
+    [ "$check" = yes ] || exit 0
+    e2fsck -f -p "$device" 2>&1; [ $? -lt 4 ] || exit 6
+    resize2fs "$device" 2>&1 || exit 6
 fi
-[ "$type" = ext4 ] || { echo "there is something else on it: ${type:-$(printf '%s' "$found" | tr '\n' ' ')}"; exit 4; }
-[ "$check" = yes ] || exit 0
-e2fsck -f -p "$device" 2>&1; [ $? -lt 4 ] || exit 6
-resize2fs "$device" 2>&1 || exit 6
+# An empty volume gets what the image has in its home, like any volume of Docker's.
+[ "$blank" = no ] || debugfs -w -R 'rmdir /lost+found' "$device" > /dev/null 2>&1
+exit 0
 """
 
 _SETTLE = r"""
@@ -76,26 +76,15 @@ done
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class DeviceName:
-    """What is known of a volume before it is found."""
-
-    volume_id: str
-    asked_for: str
-    """The name that the attachment asked for, such as `/dev/sdf`."""
-    size_gib: int
-
-    @property
-    def candidates(self) -> tuple[str, ...]:
-        """Return what it may be called below /dev, the sure one first."""
-        letter = self.asked_for.removeprefix("/dev/").removeprefix("xvd").removeprefix("sd")
-        return (LINK.format(self.volume_id.replace("-", "")), f"xvd{letter}", f"sd{letter}")
+def link_of(volume_id: str) -> str:
+    """Return what a volume is called below /dev of the node that it is attached to."""
+    return LINK.format(volume_id.replace("-", ""))
 
 
 class Devices(Protocol):
     """The devices of one node."""
 
-    def find(self, name: DeviceName, *, timeout_s: float) -> str:
+    def find(self, volume_id: str, *, size_gib: int, timeout_s: float) -> str:
         """Wait for the volume to appear; return its path on the node. Raises CloudError when it does not in time."""
 
     def prepare(self, device: str, *, volume_id: str, blank: bool) -> None:
@@ -121,26 +110,22 @@ class NodeDevices:
         self._name = name
         self._labels = dict(labels)
 
-    def find(self, name: DeviceName, *, timeout_s: float) -> str:
+    def find(self, volume_id: str, *, size_gib: int, timeout_s: float) -> str:
         """Wait for the volume to appear; return its path on the node. Raises CloudError when it does not in time."""
-        code, output = self._run(
-            _FIND,
-            str(name.size_gib << 30),
-            str(max(1, int(timeout_s / 0.2))),
-            *name.candidates,
-            binds={_NODE_DEV: "/dev"},
-        )
+        link = link_of(volume_id)
+        tries = str(max(1, int(timeout_s / 0.2)))
+        code, output = self._run(_FIND, link, str(size_gib << 30), tries, binds={_NODE_DEV: "/dev"})
         if code == _NOT_FOUND:
             raise CloudError(
-                f"Volume {name.volume_id} is attached, but no such device of {name.size_gib} GiB appeared on the node"
+                f"Volume {volume_id} is attached, but no such device of {size_gib} GiB appeared on the node"
                 f" within {timeout_s:.0f} s.",
-                detail=f"looked for {', '.join(name.candidates)} below /dev",
-                resolution="Check that cloud.instance_id names the machine that this Docker host runs on,"
-                " and that udev runs on it.",
+                detail=f"looked for /dev/{link}",
+                resolution="Check that cloud.instance_id names the machine that this Docker host runs on, that it is of"
+                " a Nitro type, and that udev runs on it.",
             )
         if code:
             raise CloudError(f"The node's devices could not be looked at: {_last(output)}", detail=output)
-        return f"/dev/{_last(output)}"
+        return f"/dev/{link}"
 
     def prepare(self, device: str, *, volume_id: str, blank: bool) -> None:
         """Make a file system on a blank volume, or check and grow the one that came from a snapshot. Idempotent.

@@ -18,11 +18,13 @@ from botocore.exceptions import (
     BotoCoreError,
     ClientError,
     CredentialRetrievalError,
+    HTTPClientError,
     NoCredentialsError,
     PartialCredentialsError,
     TokenRetrievalError,
     UnauthorizedSSOTokenError,
 )
+from botocore.exceptions import ConnectionError as NoConnection
 
 from provisioner.errors import CloudError, CloudMissing
 from provisioner.volumes.cloud import (
@@ -45,15 +47,13 @@ ATTEMPTS = 6
 
 _KEYS = {
     "AuthFailure",
-    "Blocked",
     "ExpiredToken",
+    "ExpiredTokenException",
     "InvalidClientTokenId",
-    "OptInRequired",
-    "PendingVerification",
     "RequestExpired",
     "SignatureDoesNotMatch",
-    "UnauthorizedOperation",
 }
+_FORBIDDEN = {"AccessDenied", "AccessDeniedException", "UnauthorizedOperation"}
 _MISSING = {
     "InvalidInstanceID.Malformed",
     "InvalidInstanceID.NotFound",
@@ -80,7 +80,7 @@ _FULL = {
     "SnapshotLimitExceeded": "Delete instances that nobody needs, or ask AWS for a higher quota.",
     "VolumeLimitExceeded": "Delete instances or make some dormant, or ask AWS for a higher quota.",
 }
-_SLOW_DOWN = {"RequestLimitExceeded", "Throttling", "ThrottlingException", "SnapshotCreationPerVolumeRateExceeded"}
+_SLOW_DOWN = {"RequestLimitExceeded", "Throttling", "ThrottlingException"}
 _CREDENTIALS = (
     CredentialRetrievalError,
     NoCredentialsError,
@@ -179,12 +179,13 @@ class Ec2:
             self._client.attach_volume(VolumeId=volume_id, InstanceId=machine, Device=device)
 
     def detach(self, volume_id: str, *, machine: str, force: bool) -> None:
-        """Begin to detach; one that is not attached is a success. Raises `CloudMissing`."""
+        """Begin to detach; one that is not attached, or being detached, is a success. Raises `CloudMissing`."""
         try:
             with self._calling(f"detach volume {volume_id} from {machine}"):
                 self._client.detach_volume(VolumeId=volume_id, InstanceId=machine, Force=force)
         except VolumeBusy:
-            if self.describe_volume(volume_id).attachment is not None:
+            held = self.describe_volume(volume_id).attachment
+            if held is not None and not held.leaving:
                 raise
 
     def delete_volume(self, volume_id: str) -> None:
@@ -269,11 +270,17 @@ class Ec2:
                 detail=str(error),
                 resolution="Put them where boto3 looks: AWS_ACCESS_KEY_ID, AWS_PROFILE, or the machine's role.",
             ) from error
-        except (BotoCoreError, ValueError) as error:
+        except (NoConnection, HTTPClientError) as error:
             raise CloudError(
                 f"{message}: it does not answer.",
                 detail=f"{type(error).__name__}: {error}",
                 resolution="Check the network, and MACHINEUSE_EC2_ENDPOINT if it is set.",
+            ) from error
+        except (BotoCoreError, ValueError) as error:
+            raise CloudError(
+                f"{message}: {error}",
+                detail=f"{type(error).__name__}: {error}",
+                resolution="Look into MACHINEUSE_EC2_ENDPOINT and the AWS profile (AWS_PROFILE, ~/.aws/config).",
             ) from error
 
 
@@ -291,9 +298,14 @@ def _explain(error: ClientError, *, message: str) -> CloudError:
     if code == "InvalidVolume.ZoneMismatch":
         resolution = "Correct the node's cloud.zone in the cluster's file: it is not the zone of its machine."
         return CloudError(f"{message}: they are in different zones.", detail=detail, resolution=resolution)
-    if code in _SLOW_DOWN and code not in _FULL:
+    if code in _SLOW_DOWN:
         return CloudError(f"{message}: it is asked too much.", detail=detail, resolution="Wait a minute.")
     if code in _KEYS:
+        resolution = "Renew the service's AWS keys, and check its machine's clock: a wrong one makes them look expired."
+        return CloudError(
+            f"{message}: the credentials are not valid, or not any more.", detail=detail, resolution=resolution
+        )
+    if code in _FORBIDDEN:
         resolution = "Let the service's role do this; docs/cloud-volumes.md lists what it needs."
         return CloudError(f"{message}: the credentials don't allow it.", detail=detail, resolution=resolution)
     return CloudError(f"{message}: {said or code}", detail=detail, resolution=_FULL.get(code))

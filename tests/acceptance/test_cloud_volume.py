@@ -6,7 +6,6 @@ AWS is an emulator; what it attaches are loop devices.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +16,7 @@ from tests.conftest import StartService
 from tests.support.browsing import new_page
 from tests.support.ebs import KEYS, Emulator, LoopDisks, can_attach
 from tests.support.service import ENGINE, Service
+from tests.support.watched import wait_until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0 or not can_attach(), reason="needs root and loop devices")
 
@@ -74,10 +74,7 @@ def run_in(service: Service, instance: dict[str, Any], script: str, *, user: str
 
 
 def until(true: Callable[[], bool], *, timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(true, timeout_s=timeout_s)
 
 
 def test_a_life_on_a_cloud_volume(cloudy: Service, emulator: Emulator, disks: LoopDisks) -> None:
@@ -183,9 +180,20 @@ def test_a_service_that_is_killed_goes_on_with_the_same_volume_and_snapshot(
     assert [s["SnapshotId"] for s in snapshots_of(emulator, cloudy)] == [snapshot["SnapshotId"]]
     assert volumes_of(emulator, cloudy) == []
 
-    assert cloudy.post(f"{instance['id']}/revive").json()["status"] == "running"
+    cloudy.post(f"{instance['id']}/revive", wait_s=0)
+    until(lambda: len(volumes_of(emulator, cloudy)) == 1)
+    cloudy.kill()
+    (second,) = volumes_of(emulator, cloudy)
+    cloudy.start()
+    cloudy.wait_for(instance["id"], "running", timeout_s=60)
+    assert [v["VolumeId"] for v in volumes_of(emulator, cloudy)] == [second["VolumeId"]] != [volume["VolumeId"]]
     assert run_in(cloudy, instance, "cat ~/notes") == (0, "kept\n")
-    assert cloudy.delete(instance["id"]).status_code == 200
+
+    cloudy.delete(instance["id"], wait_s=0)
+    until(lambda: not any(v["Attachments"] for v in volumes_of(emulator, cloudy)))
+    cloudy.kill()
+    cloudy.start()
+    until(lambda: cloudy.http.get(f"/v2/instances/{instance['id']}").status_code == 404)
     assert (volumes_of(emulator, cloudy), snapshots_of(emulator, cloudy)) == ([], [])
     until(lambda: not disks.devices)
     assert disks.failures == []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -19,6 +18,7 @@ from stacks.names import Names
 from stacks.spec import BROWSER_IMAGE, SECCOMP_PROFILE
 from tests.support.service import Service
 from tests.support.shell_image import shell_image
+from tests.support.watched import wait_until
 
 SMALL = {"memory_gb": 0.5, "cpu_cores": 1}
 TINY = {"memory_gb": 0.125, "cpu_cores": 1}
@@ -63,14 +63,6 @@ def run_in(service: Service, instance: dict[str, Any], *command: str) -> str:
     said: str = done.output.decode()
     assert done.exit_code == 0, said
     return said.strip()
-
-
-def until(true: Callable[[], bool], *, timeout_s: float = 20) -> None:
-    """Wait until something is true."""
-    deadline = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def refusal(answer: httpx.Response, status: int) -> dict[str, str]:
@@ -158,14 +150,14 @@ def test_a_full_node_is_503_with_when_to_retry(service: Service, shell: str) -> 
 def test_a_browser_beyond_its_disk_gb_runs_on_and_says_so_once(service: Service) -> None:
     with created(service, config=SMALL | {"disk_gb": 0.02}) as instance:
         run_in(service, instance, "sh", "-c", "head -c 30000000 /dev/zero > /tmp/much")
-        until(lambda: service.get(instance["id"])["disk_over"])
-        until(lambda: service.get(instance["id"])["resources"]["disk_percent"] > 100)
+        wait_until(lambda: service.get(instance["id"])["disk_over"])
+        wait_until(lambda: service.get(instance["id"])["resources"]["disk_percent"] > 100)
         over = service.get(instance["id"])
         assert over["status"] in ("running", "idle")
         assert over["disk_bytes"] > 30_000_000
         assert httpx.get(f"{instance['urls']['debug']}/json/version").status_code == 200
         run_in(service, instance, "sh", "-c", "head -c 1000000 /dev/zero >> /tmp/much")
-        until(lambda: service.get(instance["id"])["disk_bytes"] > over["disk_bytes"])
+        wait_until(lambda: service.get(instance["id"])["disk_bytes"] > over["disk_bytes"])
         assert len(events_of(service, instance, "disk_over")) == 1
 
 
@@ -173,9 +165,9 @@ def test_the_home_counts_as_disk_too_and_less_in_it_is_an_event_again(service: S
     with created(service, image=shell, config=TINY | {"disk_gb": 0.01}) as instance:
         script = "for i in 1 2 3 4 5 6 7 8 9 10; do cat /lib/*/libc.so.6; done > /home/machine/much"
         run_in(service, instance, "sh", "-c", script)
-        until(lambda: service.get(instance["id"])["disk_over"])
+        wait_until(lambda: service.get(instance["id"])["disk_over"])
         run_in(service, instance, "sh", "-c", ": > /home/machine/much")
-        until(lambda: not service.get(instance["id"])["disk_over"])
+        wait_until(lambda: not service.get(instance["id"])["disk_over"])
         assert len(events_of(service, instance, "disk_over")) == len(events_of(service, instance, "disk_back")) == 1
 
 

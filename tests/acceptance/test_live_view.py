@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 from playwright.sync_api import Browser, Page, Playwright, sync_playwright
 
 from tests.support.service import Service
+from tests.support.watched import wait_until
 
 # Nothing has the focus, so a person has to click first; the text area is the whole page.
 REMOTE_PAGE = """data:text/html,<title>remote</title><style>
@@ -76,14 +76,6 @@ def view(persons_browser: Browser, instance: dict[str, Any], remote: Page) -> It
     assert problems == []
 
 
-def until(true: Callable[[], bool], *, timeout_s: float = 10) -> None:
-    """Wait until something is true."""
-    deadline = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def colour_of(view: Page, *, x: float, y: float) -> tuple[int, int, int]:
     """Return the colour at a place of the shown screen, given in parts of its width and height."""
     red, green, blue = view.evaluate(
@@ -105,7 +97,7 @@ def test_the_stream_port_is_a_web_page(instance: dict[str, Any]) -> None:
 
 
 def test_the_view_shows_the_remote_screen_and_fits_the_window(view: Page) -> None:
-    until(lambda: colour_of(view, x=0.1, y=0.6) == (20, 120, 60))  # the remote page's own background
+    wait_until(lambda: colour_of(view, x=0.1, y=0.6) == (20, 120, 60))  # the remote page's own background
     box = view.locator("#screen canvas").bounding_box()
     assert box is not None
     assert box["width"] <= 1000
@@ -118,25 +110,25 @@ def test_a_person_clicks_and_types_into_the_remote_page(view: Page, remote: Page
         "() => { document.querySelector('textarea').value = ''; clicks = 0; document.activeElement.blur() }"
     )
     view.locator("#screen canvas").click()  # its middle
-    until(lambda: remote.evaluate("clicks") == 1)
+    wait_until(lambda: remote.evaluate("clicks") == 1)
     view.keyboard.type(TEXT)
-    until(lambda: remote.input_value("textarea") == TEXT)
+    wait_until(lambda: remote.input_value("textarea") == TEXT)
     view.keyboard.press("Backspace")
     view.keyboard.press("Enter")
     view.keyboard.type("end")
-    until(lambda: remote.input_value("textarea") == f"{TEXT[:-1]}\nend")
+    wait_until(lambda: remote.input_value("textarea") == f"{TEXT[:-1]}\nend")
 
 
 def test_what_a_person_does_shows_on_the_screen(view: Page, remote: Page) -> None:
     remote.evaluate("() => { document.body.style.background = 'rgb(200, 40, 90)' }")
-    until(lambda: colour_of(view, x=0.1, y=0.6) == (200, 40, 90))
+    wait_until(lambda: colour_of(view, x=0.1, y=0.6) == (200, 40, 90))
 
 
 def test_two_people_see_the_same_screen(view: Page, persons_browser: Browser, instance: dict[str, Any]) -> None:
     other = persons_browser.new_page()
     other.goto(instance["urls"]["stream"])
     other.wait_for_function("document.getElementById('note').textContent === ''")
-    until(lambda: colour_of(other, x=0.1, y=0.6) == colour_of(view, x=0.1, y=0.6) != (0, 0, 0))
+    wait_until(lambda: colour_of(other, x=0.1, y=0.6) == colour_of(view, x=0.1, y=0.6) != (0, 0, 0))
     other.close()
 
 
@@ -148,7 +140,7 @@ def test_looking_counts_as_activity(service: Service, instance: dict[str, Any], 
         later: bool = service.get(instance["id"])["last_active_at"] > before
         return later
 
-    until(seen)
+    wait_until(seen)
 
 
 def test_the_view_comes_back_by_itself_after_the_container_restarts(

@@ -168,10 +168,12 @@ def test_a_node_that_does_not_let_us_in_says_why(
         "unknown": ({"host": remote.url, "ssh_opts": unknown}, "its SSH host key is not known here"),
         "locked": ({"host": remote.url.replace("root@", "nobody@"), "ssh_opts": [*remote.ssh_opts]}, "not let in"),
     }
-    service = start_service(
-        nodes=[{"id": node_id, **node} for node_id, (node, _) in expected.items()], heartbeat_s=0.3, node_timeout_s=2
-    )
-    for node_id, (_, words) in expected.items():
-        node = service.http.get(f"/v2/nodes/{node_id}").json()
-        assert node["status"] == "offline"
-        assert words in node["error"]
+    for together in (("bare", "unknown", "locked"), ("stranger",), ("lost",)):  # no two nodes are the same host
+        nodes = [{"id": node_id, **expected[node_id][0]} for node_id in together]
+        service = start_service(nodes=nodes, heartbeat_s=0.3, node_timeout_s=2)
+        listed = service.machineuse("node", "list").stdout.splitlines()
+        for node_id in together:
+            node = service.http.get(f"/v2/nodes/{node_id}").json()
+            assert node["status"] == "offline"
+            assert expected[node_id][1] in node["error"]
+            assert f"{node_id}: {node['error']}" in listed

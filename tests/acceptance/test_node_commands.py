@@ -15,6 +15,7 @@ import pytest
 
 from provisioner.clusterfile import load
 from provisioner.ledger import Ledger
+from stacks.spec import BROWSER_IMAGE
 from tests.support.engine_proxy import EngineProxy
 from tests.support.engines import Engine
 from tests.support.service import Service
@@ -61,12 +62,12 @@ def refused(service: Service, *arguments: str) -> str:
     assert done.returncode == 1, done.stdout + done.stderr
     said = done.stderr.splitlines()
     assert said[0].startswith("machineuse: ")
-    assert len(said) <= 2, done.stderr  # what it is, and an engine's own words
+    assert len(said) == 1, done.stderr
     return said[0]
 
 
 def until(find: Callable[[], object], *, timeout_s: float = 30) -> None:
-    wait_until(find, what="see the line that waits", timeout_s=timeout_s)
+    wait_until(find, timeout_s=timeout_s)
 
 
 def nodes_of(service: Service) -> dict[str, str]:
@@ -88,7 +89,11 @@ def events_of(service: Service) -> list[tuple[str, str]]:
 
 
 def urns_of_b(service: Service) -> set[str]:
-    return {urn.rpartition("::")[2] for urn in service.urns()} & {f"node-{B}", f"{B}-network"}
+    return names_in_stack(service) & {f"node-{B}", f"{B}-network"}
+
+
+def names_in_stack(service: Service) -> set[str]:
+    return {urn.rpartition("::")[2] for urn in service.urns()}
 
 
 def assert_unchanged(service: Service) -> None:
@@ -186,6 +191,41 @@ def test_a_nodes_host_may_change_to_another_way_to_the_same_engine_only(service:
         file_of(service).write_text(before)
         until(lambda: f"host is {engine.url}" in events_of(service)[-1][1])
     service.delete(resident)
+
+
+@pytest.mark.usefixtures("node_b")
+def test_an_engine_that_is_a_node_already_is_no_other_node_too(service: Service, engine: Engine) -> None:
+    before = file_of(service).read_text()
+    with EngineProxy(str(engine.socket)) as proxy:
+        said = refused(service, "add", "twin", "--host", proxy.url, "--address", "twin.example")
+        assert f"Node 'twin' is not added: behind {proxy.url} is the engine of node 'b'." in said
+        document = load(before, file="x")
+        document["config"]["cluster:nodes"].append({"id": "twin", "host": proxy.url, "address": "twin.example"})
+        file_of(service).write_text(json.dumps(document))
+        until(lambda: any("is the engine of node 'b'" in message for _, message in events_of(service)))
+        assert set(nodes_of(service)) == {"local", "b"}
+        file_of(service).write_text(before)
+
+
+def test_a_new_node_gets_the_catalogues_images_and_no_node_leaves_anything_to_preview(service: Service) -> None:
+    with Engine("tcp", browser_image=False) as bare:
+        arguments = ("add", "bare", "--host", bare.url, "--bind-ip", bare.bind_ip)
+        assert "Node 'bare' is not added" in (said := refused(service, *arguments))
+        assert "it wants TLS, and the node has no cert_path" in said
+        run(service, *arguments, "--cert-path", str(bare.cert_path))
+        until(lambda: f"bare-image-{BROWSER_IMAGE}" in names_in_stack(service), timeout_s=180)
+        assert bare.client().images.list(BROWSER_IMAGE)
+        assert_unchanged(service)
+        copied = [message for kind, message in events_of(service) if kind == "copy" and BROWSER_IMAGE in message]
+        assert copied[0].startswith(f"copying {BROWSER_IMAGE} from ")
+        assert any(" of about " in message for message in copied)
+        for command in ("cordon", "uncordon"):
+            run(service, command, "bare")
+            until(lambda: events_of(service)[-1][0] == "node_changed")
+            assert_unchanged(service)
+        run(service, "remove", "bare")
+        until(lambda: not any("bare" in name for name in names_in_stack(service)))
+        assert_unchanged(service)
 
 
 def test_a_node_with_instances_is_drained_before_it_is_removed(service: Service, node_b: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from provisioner.docker_hosts.hosts import DockerHost
 from provisioner.errors import CloudConflict, CloudError
-from provisioner.volumes.devices import DeviceName, NodeDevices
+from provisioner.volumes.devices import NodeDevices
 from stacks.names import CLUSTER_LABEL
 from stacks.spec import BROWSER_IMAGE
 from tests.support.ebs import LINKS, can_attach
@@ -76,17 +76,31 @@ def devices(disk: Disk) -> NodeDevices:
     return NodeDevices(DockerHost(), helper_image=BROWSER_IMAGE, name=f"machineuse-{disk.volume_id}", labels=labels)
 
 
-def name_of(disk: Disk, *, size_gib: int = 1) -> DeviceName:
-    return DeviceName(volume_id=disk.volume_id, asked_for="/dev/sdf", size_gib=size_gib)
-
-
 def test_a_device_is_found_by_its_volumes_id_and_size(disk: Disk, devices: NodeDevices) -> None:
-    assert devices.find(name_of(disk), timeout_s=5) == str(disk.link)
+    assert devices.find(disk.volume_id, size_gib=1, timeout_s=5) == str(disk.link)
     with pytest.raises(CloudError, match="no such device of 2 GiB"):
-        devices.find(name_of(disk, size_gib=2), timeout_s=0.2)
+        devices.find(disk.volume_id, size_gib=2, timeout_s=0.2)
     disk.link.unlink()
     with pytest.raises(CloudError, match="no such device of 1 GiB"):
-        devices.find(name_of(disk), timeout_s=0.2)
+        devices.find(disk.volume_id, size_gib=1, timeout_s=0.2)
+
+
+def test_a_device_of_the_right_size_under_the_name_that_was_asked_for_is_not_taken(
+    disk: Disk, devices: NodeDevices
+) -> None:
+    """On a machine that is not the volume's, that name and size are another volume's."""
+    named = [Path("/dev/xvdf"), Path("/dev/sdf")]
+    if any(path.exists() or path.is_symlink() for path in named):
+        pytest.skip("this machine has such a disk")
+    disk.link.unlink()
+    for path in named:
+        path.symlink_to(disk.device)
+    try:
+        with pytest.raises(CloudError, match="no such device"):
+            devices.find(disk.volume_id, size_gib=1, timeout_s=0.2)
+    finally:
+        for path in named:
+            path.unlink()
 
 
 def test_an_empty_volume_is_formatted_once_and_mounted_by_docker(disk: Disk, devices: NodeDevices) -> None:
@@ -123,6 +137,12 @@ def test_an_empty_volume_is_formatted_once_and_mounted_by_docker(disk: Disk, dev
     finally:
         volume.remove(force=True)
         client.close()
+
+
+def test_a_format_that_was_cut_off_leaves_a_volume_as_empty_as_any(disk: Disk, devices: NodeDevices) -> None:
+    run("mkfs.ext4", "-q", "-E", "root_owner=1000:1000", disk.device)
+    devices.prepare(str(disk.link), volume_id=disk.volume_id, blank=True)
+    assert "lost+found" not in run("debugfs", "-R", "ls -p /", disk.device)
 
 
 def test_a_file_system_grows_to_its_volume(disk: Disk, devices: NodeDevices) -> None:

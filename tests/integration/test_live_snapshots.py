@@ -17,7 +17,8 @@ from provisioner.errors import DockerError, SnapshotFailed
 from provisioner.snapshots.capture import Capture
 from provisioner.snapshots.mark import Method
 from stacks.spec import BROWSER_IMAGE, CDP_PORT, SECCOMP_PROFILE
-from tests.integration.test_snapshots import FILL, HOME, Killed, Node, wait_until
+from tests.integration.test_snapshots import FILL, HOME, Killed, Node
+from tests.support.watched import wait_until
 
 PAGE = "http://counter.test/"
 COUNTER = "<script>let n = 0; setInterval(() => n++, 10)</script>"

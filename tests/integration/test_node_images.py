@@ -203,6 +203,19 @@ def test_what_is_brought_to_a_node_is_an_event(
     assert nodes.events("copy") == [("poor", f"copying {name} from {engines[0].url}, 0 MB")]
 
 
+def test_how_far_a_copy_is_can_be_seen_in_the_events_of_who_waits_for_it(
+    make_nodes: Callable[..., Nodes], engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("provisioner.image_supply.FIRST_WORD_S", 0.0)
+    nodes = make_nodes()
+    name = make_image(engines[0], megabytes=20)
+    nodes.supply.bring(nodes.poor, name, instance_id="mu-waits")
+    said = [event.message for event in nodes.ledger.events.list(instance_id="mu-waits") if event.kind == "copy"]
+    assert said[0] == f"copying {name} from {engines[0].url}, 20 MB"
+    assert said[1].endswith(" of about 20 MB")
+    assert said[-1].endswith(" MB copied, unpacking")
+
+
 def test_a_restore_elsewhere_gets_the_very_image_that_the_changes_were_made_on(
     make_nodes: Callable[..., Nodes], engines: tuple[Engine, Engine], rich: DockerHost
 ) -> None:

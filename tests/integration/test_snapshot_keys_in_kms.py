@@ -1,4 +1,7 @@
-"""A key file that a KMS key encrypts, on a KMS server: what is in the file is of no use without KMS."""
+"""A key file that a KMS key encrypts, on a KMS server: what is in the file is of no use without KMS.
+
+And what an S3 server encrypts itself, with a key of that KMS or its own.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,16 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+import boto3
 import pytest
 
 from provisioner.errors import SnapshotKeyMissing
 from provisioner.settings import Settings
 from provisioner.snapshots.keyfile import KeyFile
 from provisioner.snapshots.location import find_key_file, open_store
+from provisioner.snapshots.store import verify_snapshot
 from tests.integration.test_snapshot_stores import keep
 from tests.support.kms_server import KmsServer, kms_server
 
@@ -92,3 +98,21 @@ def test_without_aws_keys_it_is_told(server: KmsServer, tmp_path: Path, monkeypa
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
     with pytest.raises(SnapshotKeyMissing, match="no AWS keys"):
         keys_of(server.url(path)).load()
+
+
+@pytest.mark.parametrize("sse", ["AES256", "aws:kms"])
+def test_everything_in_a_bucket_is_encrypted_by_its_server_as_it_was_set(server: KmsServer, sse: str) -> None:
+    """By the server that has the KMS here: the S3 server of the other tests knows no encryption of its own."""
+    client: Any = boto3.client("s3", endpoint_url=server.endpoint, region_name="us-east-1")
+    client.create_bucket(Bucket="profiles")
+    prefix, key = sse[:3].lower(), server.arn if sse == "aws:kms" else None
+    url = f"s3://profiles/{prefix}?endpoint={quote(server.endpoint)}&sse={sse}" + (
+        f"&kms_key={quote(key)}" if key else ""
+    )
+    store = open_store(Settings(snapshot_store=url))
+    verify_snapshot(store, keep(store))
+    found = client.list_objects_v2(Bucket="profiles", Prefix=prefix)["Contents"]
+    assert len(found) == 2
+    for each in found:
+        head = client.head_object(Bucket="profiles", Key=each["Key"])
+        assert (head["ServerSideEncryption"], head.get("SSEKMSKeyId")) == (sse, key)

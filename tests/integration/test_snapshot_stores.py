@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
+import sys
 import tarfile
 import time
 import tracemalloc
@@ -24,7 +26,7 @@ from provisioner.settings import Settings
 from provisioner.snapshots.capture import Capture
 from provisioner.snapshots.keyfile import KeyFile
 from provisioner.snapshots.location import open_store, parse_s3_url
-from provisioner.snapshots.manifest import ImageIdentity, Manifest, PartName, SnapshotId
+from provisioner.snapshots.manifest import ImageIdentity, Manifest, Part, PartName, SnapshotId
 from provisioner.snapshots.mark import Method
 from provisioner.snapshots.s3 import S3Store
 from provisioner.snapshots.store import SnapshotStore, SnapshotWriter, verify_snapshot
@@ -88,7 +90,7 @@ def scene(request: pytest.FixtureRequest, tmp_path: Path, snapshot_keys: str | N
         return Scene(
             open=lambda: open_store(Settings(snapshot_store=str(root), snapshot_keys=snapshot_keys)),
             read=lambda key: (root / key).read_bytes(),
-            write=lambda key, data: (root / key).write_bytes(data) and None,
+            write=lambda key, data: _write_file(root / key, data),
             leftovers=lambda: [str(path) for path in root.rglob("*") if path.is_file()],
         )
     server: S3Server = request.getfixturevalue("server")
@@ -99,6 +101,11 @@ def scene(request: pytest.FixtureRequest, tmp_path: Path, snapshot_keys: str | N
         write=lambda key, data: bucket.put(f"deep/store/{key}", data),
         leftovers=lambda: [each.key for each in (*bucket.list(""), *bucket.list_uploads(""))],
     )
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
 
 
 def make_tar(size: int) -> bytes:
@@ -112,9 +119,17 @@ def make_tar(size: int) -> bytes:
 
 def write(store: SnapshotStore, generation: int = 1, *, size: int = 1000) -> tuple[SnapshotWriter, Manifest]:
     writer = store.begin(SnapshotId(instance_id="mu-1", generation=generation))
+    return writer, write_home(writer, generation, size=size)
+
+
+def write_home(writer: SnapshotWriter, generation: int = 1, *, size: int) -> Manifest:
     with writer.part(PartName.HOME) as sink:
         part = write_part([make_tar(size)], sink, name=PartName.HOME, seal=writer.sealer().seal)
-    manifest = Manifest(
+    return writer.sealer().seal_manifest(manifest_of(part, generation))
+
+
+def manifest_of(home: Part, generation: int = 1) -> Manifest:
+    return Manifest(
         instance_id="mu-1",
         cluster="local",
         generation=generation,
@@ -125,10 +140,9 @@ def write(store: SnapshotStore, generation: int = 1, *, size: int = 1000) -> tup
         stopped_cleanly=True,
         container_id="c",
         run_started_at=None,
-        parts=(part,),
+        parts=(home,),
         changed_paths=0,
     )
-    return writer, writer.sealer().seal_manifest(manifest)
 
 
 def keep(store: SnapshotStore, generation: int = 1, *, size: int = 1000) -> Manifest:
@@ -215,6 +229,61 @@ def test_a_crash_between_parts_and_manifest_leaves_no_snapshot_and_is_cleaned_up
     del alive
 
 
+def test_what_others_keep_there_is_left_alone(scene: Scene) -> None:
+    others = ["readme", "mu-1/notes", "mu-1/1/own", "mu-1/01/home.tar.zst", "photos/2020/a.jpg", "A/1/home.tar.zst"]
+    for key in others:
+        scene.write(key, b"x")
+    store = scene.open()
+    write(store)
+    assert store.clean_up(older_than=timedelta()) == 1
+    assert store.clean_up(older_than=timedelta()) == 0
+    assert all(scene.read(key) == b"x" for key in others)
+    assert len(scene.leftovers()) == len(others)
+
+
+def test_a_snapshot_that_is_still_to_be_taken_is_not_cleaned_up(scene: Scene) -> None:
+    store = scene.open()
+    writer, manifest = write(store)
+    assert store.clean_up(older_than=timedelta(), spared={SNAPSHOT}) == 0
+    writer.commit(manifest)
+    assert store.clean_up(older_than=timedelta()) == 0
+    verify_snapshot(store, manifest)
+
+
+def go_on(writer: SnapshotWriter, manifest: Manifest | None) -> None:
+    """Go on with a snapshot that somebody else has begun meanwhile; a part is written if there is none."""
+    writer.commit(manifest or write_home(writer, size=5000))
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_who_was_overtaken_can_not_harm_what_is_complete(scene: Scene, written: bool) -> None:
+    late = scene.open().begin(SNAPSHOT)
+    mine = write_home(late, size=3000) if written else None
+    store = scene.open()
+    manifest = keep(store)
+    with pytest.raises(SnapshotFailed):
+        go_on(late, mine)
+    late.abandon()
+    assert store.read_manifest(SNAPSHOT) == manifest
+    verify_snapshot(store, manifest)
+    assert len(scene.leftovers()) == 2
+
+
+def test_who_was_overtaken_after_verifying_puts_no_manifest_to_the_parts_of_another(scene: Scene) -> None:
+    late, mine = write(scene.open(), size=3000)
+    late.verify(mine)
+    store = scene.open()
+    writer, manifest = write(store)
+    with pytest.raises(SnapshotFailed):
+        go_on(late, mine)
+    late.abandon()
+    with pytest.raises(SnapshotMissing):
+        store.read_manifest(SNAPSHOT)
+    writer.abandon()
+    assert scene.leftovers() == []
+    assert keep(store).home.bytes == manifest.home.bytes
+
+
 def test_a_flipped_byte_is_noticed_anywhere(scene: Scene) -> None:
     store = scene.open()
     manifest = keep(store)
@@ -287,17 +356,6 @@ def test_a_writer_that_was_overtaken_can_not_harm_the_one_that_came_after(bucket
     with pytest.raises(SnapshotFailed, match="began it anew"):
         late.__exit__(None, None, None)
     verify_snapshot(store, manifest)
-
-
-def test_what_others_keep_in_the_bucket_is_left_alone(bucket: Bucket) -> None:
-    others = ["readme", "mu-1/notes", "mu-1/1/own", "mu-1/01/home.tar.zst", "elsewhere/mu-1/1/home.tar.zst"]
-    for key in others:
-        bucket.put(key, b"x")
-    store = S3Store(bucket)
-    write(store)
-    assert store.clean_up(older_than=timedelta()) == 1
-    store.delete(SNAPSHOT)
-    assert sorted(each.key for each in bucket.list("")) == sorted(others)
 
 
 def test_reading_goes_on_where_it_was_when_the_connection_breaks(server: S3Server, bucket: Bucket) -> None:
@@ -385,3 +443,54 @@ def test_a_machine_is_kept_in_a_bucket_and_given_back(server: S3Server, bucket: 
         assert server.objects() == [f"machines/{node.snapshot()}/{name}" for name in ("home.tar.zst", "manifest.json")]
     finally:
         node.clean_up()
+
+
+MEASURE = """
+import os, resource, sys, tarfile
+from provisioner.settings import Settings
+from provisioner.snapshots.location import open_store
+from provisioner.snapshots.manifest import PartName, SnapshotId
+from provisioner.snapshots.store import verify_snapshot
+from provisioner.snapshots.tars import write_part
+from tests.integration.test_snapshot_stores import manifest_of
+
+def home(mib):
+    member = tarfile.TarInfo("machine/large")
+    member.size = mib << 20
+    yield member.tobuf()
+    for _ in range(mib):
+        yield os.urandom(1 << 20)
+    yield bytes(1024)
+
+store = open_store(Settings(snapshot_store=sys.argv[1], snapshot_keys=sys.argv[2]))
+writer = store.begin(SnapshotId(instance_id="mu-1", generation=1))
+with writer.part(PartName.HOME) as sink:
+    part = write_part(home(int(sys.argv[3])), sink, name=PartName.HOME, seal=writer.sealer().seal)
+manifest = writer.sealer().seal_manifest(manifest_of(part))
+writer.commit(manifest)
+verify_snapshot(store, manifest)
+store.delete(manifest.id)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, part.bytes)
+"""
+
+
+def test_a_large_home_takes_no_more_memory_than_a_small_one(server: S3Server, bucket: Bucket, tmp_path: Path) -> None:
+    """Written encrypted, read back, and read once more: measured from outside, with all that libraries allocate."""
+    del bucket
+    KeyFile(tmp_path / "keys.json").create()
+
+    def measure(mib: int) -> tuple[int, int]:
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURE, server.url(), str(tmp_path / "keys.json"), str(mib)],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        peak_kib, stored_bytes = map(int, done.stdout.split())
+        assert stored_bytes > mib << 20
+        return peak_kib << 10, stored_bytes
+
+    (small, _), (large, _) = measure(32), measure(256)
+    assert large - small < 4 * PART_BYTES

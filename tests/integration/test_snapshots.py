@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from provisioner.snapshots.manifest import SnapshotId
 from provisioner.snapshots.mark import Method
 from provisioner.snapshots.restore import RestoreRequest, RestoreResult, restore, restored_tag
 from stacks.spec import BROWSER_IMAGE
+from tests.support.watched import wait_until
 
 HOME = "/home/machine"
 
@@ -184,13 +184,6 @@ def node(tmp_path: Path) -> Iterator[Node]:
         yield node
     finally:
         node.clean_up()
-
-
-def wait_until(condition: Callable[[], bool], *, what: str, timeout_s: float = 20) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"never: {what}"
-        time.sleep(0.05)
 
 
 def test_both_methods_give_back_the_home_directory_and_what_changed_above_the_image(node: Node) -> None:
@@ -367,6 +360,26 @@ def test_a_helper_that_a_crash_left_is_in_nobodys_way(node: Node) -> None:
     node.machine.remove_copy(node.volumes.copy)
     assert node.leftovers() == []
     assert not node.host.api.containers(all=True, filters={"label": f"{HELPER_LABEL}={node.volumes.home}"})
+
+
+@pytest.mark.parametrize("has_run", [False, True])
+def test_only_a_container_that_has_run_proves_that_its_home_was_restored(node: Node, has_run: bool) -> None:
+    node.run_body(script="echo kept > file")
+    node.capture().run()
+    node.host.slow_api.remove_container(node.container, force=True)
+    home = node.add_volume(f"{node.volumes.home}-2")
+    api = node.host.slow_api
+    created = api.create_container(
+        BROWSER_IMAGE,
+        entrypoint=["true"],
+        labels=node.labels | {"machineuse.instance": node.instance},
+        host_config=api.create_host_config(mounts=[Mount(HOME, home, type="volume")], network_mode="none"),
+    )
+    if has_run:
+        api.start(created["Id"])
+        api.wait(created["Id"])
+    node.restore(Method.FULL_RESTORE, home)
+    assert ("file" in node.content(home)) is not has_run
 
 
 def test_a_half_filled_copy_is_not_used(node: Node) -> None:

@@ -10,10 +10,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 
@@ -24,8 +22,7 @@ from provisioner.toolchain.environment import environment
 from provisioner.toolchain.language import launcher_dir, provide_language_host
 from provisioner.toolchain.progress import Step
 from provisioner.toolchain.pulumi_cli import provide_pulumi, require_pulumi
-
-T = TypeVar("T")
+from tests.support.watched import wait_until
 
 PROGRAM = """
 import pulumi
@@ -191,14 +188,14 @@ class TestLanguageHost:
             f"import pathlib, os, time\npathlib.Path({str(running)!r}).write_text(str(os.getpid()))\ntime.sleep(300)\n"
         )
         process = project.start("up", "--yes", "--skip-preview")
-        wait_for(running.exists)
-        host = wait_for(lambda: running.read_text())
+        wait_until(running.exists)
+        host = wait_until(lambda: running.read_text())
         os.killpg(process.pid, signal.SIGINT)
         printed, _ = process.communicate(timeout=60)
         assert process.returncode != 0
         assert "Traceback" not in printed
         assert "KeyboardInterrupt" not in printed
-        wait_for(lambda: not Path("/proc", host).exists())
+        wait_until(lambda: not Path("/proc", host).exists())
 
     def test_the_launcher_lives_in_the_virtual_environment(self) -> None:
         assert launcher_dir().is_relative_to(sys.prefix)
@@ -241,12 +238,3 @@ class TestDockerEngine:
         with pytest.raises(SetupError) as caught:
             second_engine.start("--no-such-option")
         assert "no-such-option" in (caught.value.detail or "")
-
-
-def wait_for(condition: Callable[[], T], *, timeout_s: float = 60) -> T:
-    """Return the first true answer of the condition."""
-    deadline = time.monotonic() + timeout_s
-    while not (answer := condition()):
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
-    return answer

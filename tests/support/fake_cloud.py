@@ -23,7 +23,7 @@ from provisioner.volumes.cloud import (
     VolumeBusy,
     VolumeState,
 )
-from provisioner.volumes.devices import DeviceName
+from provisioner.volumes.devices import link_of
 from provisioner.volumes.waiting import Patience
 
 LAG_S = 3.0
@@ -273,15 +273,13 @@ class FakeDevices:
         self.formatted: list[str] = []
         self.grown: list[str] = []
 
-    def find(self, name: DeviceName, *, timeout_s: float) -> str:
+    def find(self, volume_id: str, *, size_gib: int, timeout_s: float) -> str:
         del timeout_s
-        volume = self._cloud.describe_volume(name.volume_id)
-        if volume.attachment is None or (volume.attachment.machine, volume.attachment.state) != (
-            self._machine,
-            "attached",
-        ):
+        volume = self._cloud.describe_volume(volume_id)
+        held = volume.attachment
+        if held is None or (held.machine, held.state, volume.size_gib) != (self._machine, "attached", size_gib):
             raise CloudError("no such device")
-        return f"/dev/{name.candidates[0]}"
+        return f"/dev/{link_of(volume_id)}"
 
     def prepare(self, device: str, *, volume_id: str, blank: bool) -> None:
         disk = self._cloud.disk(volume_id)

@@ -43,8 +43,10 @@ def declared_urns(specs: Iterable[InstanceSpec], *, names: Names) -> set[str]:
 class FakeEngine:
     """One stack and one node."""
 
+    ON_NODES = frozenset({VOLUME_TYPE, RESTORE_TYPE, CONTAINER_TYPE})
+
     def __init__(self, names: Names) -> None:
-        self._names = names
+        self.names = names
         self.resources: set[str] = set()
         """What the stack has."""
         self.made: dict[str, str] = {}
@@ -72,13 +74,13 @@ class FakeEngine:
         if self.poison is not None and any(self.poison in target for target in targets):
             raise EngineError(f"no update with {self.poison}")
         specs = _run(program)
-        declared = declared_urns(specs, names=self._names)
+        declared = declared_urns(specs, names=self.names)
         urns = {target.replace("Instanc*", "Instance"): "*" in target for target in targets}
         if lacking := [urn for urn, lenient in urns.items() if not lenient and urn not in declared | self.resources]:
             raise EngineError(f"neither declared nor in the stack: {lacking}")
         stack = set(self.resources)
         if refresh:
-            stack -= {urn for urn in urns if _kind(urn) in (VOLUME_TYPE, CONTAINER_TYPE) and urn not in self.made}
+            stack -= {urn for urn in urns if kind_of(urn) in (VOLUME_TYPE, CONTAINER_TYPE) and urn not in self.made}
         result = self._carry_out(urns, declared=declared, stack=stack, specs={spec.id: spec for spec in specs})
         self.meanwhile()
         if self.die == "during":
@@ -100,54 +102,58 @@ class FakeEngine:
                 continue
             try:
                 if urn not in stack:
-                    self._make(urn, specs[instance_of(urn)])
+                    self.make(urn, specs[instance_of(urn)])
             except EngineError as error:
                 errors[urn] = error.message
                 broken.add(instance_of(urn))
             else:
                 stack.add(urn)
-                outputs[urn] = {"bytes": 11.0} if _kind(urn) == SNAPSHOT_TYPE else {"methodUsed": "quick_start"}
+                outputs[urn] = {"bytes": 11.0} if kind_of(urn) == SNAPSHOT_TYPE else {"methodUsed": "quick_start"}
         broken.clear()
         for urn in sorted(urns, key=_rank, reverse=True):
             if urn in declared or urn not in stack or instance_of(urn) in broken:
                 continue
             self.before_delete(urn)
-            if (said := _find(self.fail_delete, urn)) is not None:
+            if (said := _find(self.fail_delete, urn) or self.remove(urn)) is not None:
                 errors[urn] = said
                 broken.add(instance_of(urn))
             else:
-                self.made.pop(urn, None)
                 stack.remove(urn)
                 deleted.add(urn)
         return UpdateResult(
             outputs=outputs, deleted=frozenset(deleted), errors=errors, changed=len(outputs) + len(deleted)
         )
 
-    def _make(self, urn: str, spec: InstanceSpec) -> None:
+    def make(self, urn: str, spec: InstanceSpec) -> None:
         """Make what a resource stands for, or adopt it, or raise what its plugin says."""
-        volume, container = self._names.volume_urn(spec.id), self._names.container_urn(spec.id)
+        volume, container = self.names.volume_urn(spec.id), self.names.container_urn(spec.id)
         said = _find(self.fail, urn)
-        if _kind(urn) == SNAPSHOT_TYPE:
+        if kind_of(urn) == SNAPSHOT_TYPE:
             self.capture(urn, instance_id=spec.id)
-        elif _kind(urn) == RESTORE_TYPE and container not in self.made:
+        elif kind_of(urn) == RESTORE_TYPE and container not in self.made:
             assert spec.restore is not None
-            archive = self._names.snapshot_urn(spec.id, spec.restore.snapshot.generation)
+            archive = self.names.snapshot_urn(spec.id, spec.restore.snapshot.generation)
             if archive not in self.made:
                 raise EngineError("There is no such snapshot. [snapshot_missing]")
             self.made[volume] = self.made[archive] if said is None else "half"
-        elif said is None and _kind(urn) in (VOLUME_TYPE, CONTAINER_TYPE):
+        elif said is None and kind_of(urn) in (VOLUME_TYPE, CONTAINER_TYPE):
             self.made.setdefault(urn, EMPTY)
         if said is not None:
             raise EngineError(said)
+
+    def remove(self, urn: str) -> str | None:
+        """Remove what a resource stands for; return what kept it from that."""
+        self.made.pop(urn, None)
+        return None
 
     def capture(self, urn: str, *, instance_id: str) -> None:
         """Take a snapshot, or find the one that is there."""
         if (said := _find(self.fail, urn)) is not None:
             raise EngineError(said)
         if urn not in self.made:
-            if self._names.container_urn(instance_id) not in self.made:
+            if self.names.container_urn(instance_id) not in self.made:
                 raise EngineError("There is no container. [snapshot_failed]")
-            self.made[urn] = self.made[self._names.volume_urn(instance_id)]
+            self.made[urn] = self.made[self.names.volume_urn(instance_id)]
 
 
 def instance_of(urn: str) -> str:
@@ -170,10 +176,11 @@ def _find(said: dict[str, str], urn: str) -> str | None:
     return next((text for part, text in said.items() if part in urn), None)
 
 
-def _kind(urn: str) -> str:
+def kind_of(urn: str) -> str:
+    """Return the type of a URN's resource."""
     return urn.split("::")[2].rsplit("$", 1)[-1]
 
 
 def _rank(urn: str) -> tuple[int, str]:
-    kind = _kind(urn)
+    kind = kind_of(urn)
     return (_ORDER.index(kind) if kind in _ORDER else -1, urn)

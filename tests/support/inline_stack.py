@@ -42,16 +42,8 @@ class Run:
     @property
     def errors(self) -> str:
         """Return what was shown as errors."""
-        return self._said("error")
-
-    @property
-    def infos(self) -> str:
-        """Return what was shown as information."""
-        return self._said("info")
-
-    def _said(self, severity: str) -> str:
         said = [event["diagnosticEvent"] for event in self.events if "diagnosticEvent" in event]
-        return "\n".join(one["message"] for one in said if one["severity"].startswith(severity))
+        return "\n".join(one["message"] for one in said if one["severity"].startswith("error"))
 
 
 class InlineStack:

@@ -27,7 +27,7 @@ T = TypeVar("T")
 SLEEPER = ["sleep", "infinity"]
 
 
-def wait_until(find: Callable[[], T | None], *, what: str, timeout_s: float = 30) -> T:
+def wait_until(find: Callable[[], T | None], *, what: str = "see the line that waits", timeout_s: float = 30) -> T:
     """Return what `find` finds, as soon as it finds something."""
     deadline = time.monotonic() + timeout_s
     while True:

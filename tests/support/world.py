@@ -14,7 +14,7 @@ from pydantic import SecretStr
 from provisioner import lifecycle
 from provisioner.changes import Changes
 from provisioner.cluster import Cluster
-from provisioner.converger import Converger, Step, Work
+from provisioner.converger import Converger
 from provisioner.errors import EngineError
 from provisioner.guard import LedgerGuard
 from provisioner.ledger import Ledger
@@ -24,6 +24,7 @@ from provisioner.outcomes import error_of
 from provisioner.readiness import is_awaited
 from provisioner.settings import Settings
 from provisioner.states import Status
+from provisioner.work import Step, Work
 from stacks.names import Names
 from stacks.spec import ClusterSpec
 from tests.support.fake_engine import FakeEngine, instance_of

@@ -132,6 +132,37 @@ def test_it_is_released_once_its_snapshot_is_verified(world: World) -> None:
     assert world.removed == [f"machineuse-unit-{ID}", f"machineuse-unit-{ID}-home"]
 
 
+def test_what_was_held_up_does_not_release_what_a_revival_has_made_since(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a leader that was frozen there, and another one has gone on meanwhile."""
+    world.add()
+    world.make()
+    world.change(lambda r: lifecycle.wish_dormant(r, reason="test"))
+    world.change(lambda r: lifecycle.note_snapshot(r, generation=2, size_bytes=1, keep=1))
+
+    def wake_up_late(_host: Any, _name: str) -> None:
+        world.change(lambda r: lifecycle.note_dormant(r, generation=2))
+        revived = {"node_id": "local", "ports": (1, 2), "volume": "ebs", "disk_enforced": True}
+        world.change(lambda r: lifecycle.wish_revived(r, method="full_restore", **revived))
+
+    monkeypatch.setattr(cloud_preparation, "remove_volume", wake_up_late)
+    planned, before = world.record, world.cloud.volumes
+    world.preparation.release(planned)
+    assert world.cloud.volumes == before
+
+
+def test_a_release_is_not_waited_for_when_the_service_stops(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.add()
+    world.make()
+    world.change(lambda r: lifecycle.wish_absent(r, force=False))
+    began = world.cloud.now
+    monkeypatch.setattr(world.cloud, "detach", lambda *_, **__: world.preparation.close())
+    with pytest.raises(Stopping):
+        world.preparation.release(world.record)
+    assert world.cloud.now - began < 5
+
+
 def test_a_node_that_is_away_keeps_its_volume_unless_the_delete_is_forced(world: World) -> None:
     world.add()
     kept = world.make()
@@ -232,12 +263,12 @@ def test_a_volume_starts_blank_only_where_nothing_is_to_be_restored_from_the_clo
     assert find_source(store, instance=ID, generation=2, region="us-east-1") is None
 
 
-def commit(store: DirectoryStore, *, home: CloudHome | None) -> None:
-    store.begin(SnapshotId(instance_id=ID, generation=2)).commit(
+def commit(store: DirectoryStore, *, home: CloudHome | None, generation: int = 2) -> None:
+    store.begin(SnapshotId(instance_id=ID, generation=generation)).commit(
         Manifest(
             instance_id=ID,
             cluster="unit",
-            generation=2,
+            generation=generation,
             created_at=datetime(2026, 1, 1, tzinfo=UTC),
             node_id="local",
             image=ImageIdentity(reference="browser", id="sha256:1"),

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from provisioner.clusterfile import parse_cluster, path_of, read_cluster
 from provisioner.errors import SettingsError
+from stacks.spec import NodeSpec
 
 HEAD = "config:\n  cluster:nodes:\n    - id: a\n    - id: b\n      host: ssh://b\n"
 
@@ -30,7 +32,14 @@ HEAD = "config:\n  cluster:nodes:\n    - id: a\n    - id: b\n      host: ssh://b
         (f"{HEAD}      ports: {{ frist: 1 }}\n", 6, "node 'b': ports: 'frist' is unknown; allowed are first, last."),
         (f"{HEAD}      availability: gone\n", 6, "node 'b': availability: Input should be 'active', 'cordoned' or "),
         (f"{HEAD}      volume: ebs\n", 4, "node 'b': volume: ebs needs cloud: "),
+        (
+            f"{HEAD}    - {{ id: c, host: 10.0.0.3:2376 }}\n",
+            6,
+            "node 'c': host: it should be unix:///PATH, tcp://HOST:PORT or",
+        ),
         (f"{HEAD}    - host: ssh://c\n", 6, "node 3: id: Field required."),
+        (f"{HEAD}    - {{ id: c, host: ssh://b }}\n", 6, "node 'c': node 'b' has the host ssh://b already."),
+        (f"{HEAD}    - id: c\n", 6, "node 'c': node 'a' has the host unix:///var/run/docker.sock already."),
         (f"{HEAD}    - id: a\n", 2, "two nodes are called 'a'."),
         (f"{HEAD}  cluster:node: []\n", 6, "cluster:node is unknown; allowed are cluster:nodes, "),
         (
@@ -53,6 +62,52 @@ def test_a_mistake_is_one_line_with_file_line_and_node(text: str, line: int, sai
     assert message.startswith(f"Pulumi.x.yaml, line {line}: ")
     assert said in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("unix:///var/run/docker.sock", "tcp://10.0.0.3:2376", "tcp://[fd00::3]:2376", "tcp://node-b.example:2376/"),
+        *("ssh://root@10.0.0.3", "ssh://b", "ssh://root@b:2222/run/user/1000/docker.sock"),
+    ],
+)
+def test_an_engine_may_be_reached_by_socket_tcp_or_ssh(host: str) -> None:
+    assert NodeSpec(id="a", host=host).host == host
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("", "/var/run/docker.sock", "10.0.0.3:2376", "http://10.0.0.3:2375", "npipe:////./pipe/docker_engine"),
+        *("unix://", "unix://run/docker.sock", "unix:///a\nb"),
+        *(
+            "tcp://",
+            "tcp://10.0.0.3",
+            "tcp://h:0",
+            "tcp://h:99999",
+            "tcp://h:x",
+            "tcp://[::1",
+            "tcp://u:p@h:1",
+            "TCP://h:1",
+        ),
+        *("ssh://", "ssh://h:x", "ssh://root:secret@h"),
+    ],
+)
+def test_what_is_no_engines_url_is_refused_before_anything_is_asked_there(host: str) -> None:
+    with pytest.raises(ValidationError, match="it should be unix:///PATH, tcp://HOST:PORT or ssh://USER@HOST"):
+        NodeSpec(id="a", host=host)
+
+
+def test_a_node_is_reached_where_its_engine_is_unless_the_file_says_otherwise() -> None:
+    assert NodeSpec(id="a").address == "localhost"
+    assert NodeSpec(id="a", host="ssh://root@far.example:2222").address == "far.example"
+    assert NodeSpec(id="a", host="tcp://[fd00::3]:2376").address == "fd00::3"
+    assert NodeSpec(id="a", host="tcp://10.0.0.3:2376", address="b.example").address == "b.example"
+
+
+def test_one_ssh_server_may_lead_to_several_engines() -> None:
+    text = f"{HEAD}      ssh_opts: [-p, '2201']\n    - {{ id: c, host: ssh://b, ssh_opts: [-p, '2202'] }}\n"
+    assert [node.id for node in parse_cluster(text, cluster="x", file="x").nodes] == ["a", "b", "c"]
 
 
 def test_a_document_that_is_no_map_is_a_mistake() -> None:

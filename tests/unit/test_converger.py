@@ -14,12 +14,12 @@ import pytest
 from pydantic import SecretStr
 
 from provisioner import converger, lifecycle
-from provisioner.converger import find_error, plan
 from provisioner.engine import UpdateResult
 from provisioner.errors import DockerError, EngineError, LeaseLost, SnapshotFailed
 from provisioner.ledger.instances import Update
 from provisioner.ledger.records import SnapshotRecord, SnapshotState
 from provisioner.states import Status, Wanted
+from provisioner.work import find_error, plan
 from tests.support.fake_engine import Died
 from tests.support.records import make_record
 from tests.support.world import ID, NAMES, World, empty_ledger

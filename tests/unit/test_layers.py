@@ -20,30 +20,57 @@ SOURCES = sorted(
 
 DOORS = {
     "docker": ["provisioner.docker_hosts"],
+    "requests": ["provisioner.docker_hosts"],
+    "urllib3": ["provisioner.docker_hosts"],
     "boto3": ["provisioner.object_storage", "provisioner.kms", "provisioner.volumes.ec2"],
     "botocore": ["provisioner.object_storage", "provisioner.kms", "provisioner.volumes.ec2"],
+    "types_boto3_s3": ["provisioner.object_storage"],
+    "types_boto3_kms": ["provisioner.kms"],
+    "types_boto3_ec2": ["provisioner.volumes.ec2"],
     "tink": ["provisioner.snapshots.keyset"],
+    "zstandard": ["provisioner.snapshots.tars"],
+    "pulumi": [
+        "stacks",
+        "provisioner.engine",
+        "provisioner.language_host",
+        "provisioner.plugins",
+        "provisioner.toolchain.official_cli",
+    ],
     "pulumi.automation": [
         "provisioner.engine",
         "provisioner.language_host",
         "provisioner.toolchain.official_cli",  # the SDK's own download of the CLI
     ],
+    "semver": ["provisioner.toolchain.official_cli"],
+    "pulumi_docker": ["stacks"],
+    "grpc": ["provisioner.engine", "provisioner.language_host", "provisioner.plugins"],
+    "google": ["provisioner.language_host", "provisioner.plugins"],
     "sqlalchemy": ["provisioner.ledger"],
     "alembic": ["provisioner.ledger"],
     "psycopg": ["provisioner.ledger"],
     "sqlite3": ["provisioner.ledger"],
     "fastapi": ["api"],
     "starlette": ["api"],
+    "anyio": ["api"],
     "uvicorn": ["api"],
     "typer": ["api"],
+    "rich": ["api", "provisioner.toolchain.progress"],
+    "prometheus_client": ["api.routers.metrics"],
+    "httpx": ["provisioner.browser_status"],
+    "psutil": ["api.ports", "provisioner.machine", "provisioner.stack_locks"],
+    "pydantic_settings": ["api.options", "provisioner.settings"],
     "ruamel": ["provisioner.clusterfile", "provisioner.clustertext"],
 }
 """Library → the modules or packages that may import it."""
 
+EVERYWHERE = {"pydantic", "structlog", "api", "provisioner", "stacks", *sys.stdlib_module_names}
+"""What needs no door."""
+
 THE_PROGRAM_IMPORTS = {"pulumi", "pulumi_docker", "pydantic", "stacks"}
 """What stacks/ may import besides the standard library, so that a Pulumi user can read it."""
 
-SQL = ("SELECT ", "INSERT INTO ", "UPDATE ", "DELETE FROM ", "CREATE TABLE ", "PRAGMA ")
+AGENT = ROOT / "images" / "browser" / "machineuse_agent"
+SQL = ("SELECT ", "INSERT ", "UPDATE ", "DELETE ", "WITH ", "CREATE ", "ALTER ", "DROP ", "TRUNCATE ", "PRAGMA ")
 
 
 def name_of(path: Path) -> str:
@@ -76,6 +103,31 @@ def test_each_library_is_imported_by_its_door_only(path: Path) -> None:
         for library, doors in DOORS.items():
             if is_in(imported, library):
                 assert any(is_in(module, door) for door in doors), f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_no_library_comes_in_without_a_door(path: Path) -> None:
+    without = {imported for imported in imports_of(path) if imported.partition(".")[0] not in EVERYWHERE}
+    assert not {imported for imported in without if not any(is_in(imported, library) for library in DOORS)}
+
+
+def test_an_import_is_seen_wherever_it_stands_and_told_from_another(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    for line in ("import docker.tls as tls", "from docker import errors", "from pulumi import automation"):
+        path.write_text(f"def use() -> None:\n    {line}\n")
+        assert any(
+            is_in(imported, library) for imported in imports_of(path) for library in ("docker", "pulumi.automation")
+        )
+    path.write_text("import pulumi\nimport pulumi_docker\nfrom docker_hosts import docker\n")
+    assert not any(
+        is_in(imported, library) for imported in imports_of(path) for library in ("docker", "pulumi.automation")
+    )
+
+
+@pytest.mark.parametrize("path", sorted(AGENT.glob("*.py")), ids=lambda path: path.stem)
+def test_the_agent_needs_nothing_but_the_image_s_own_python(path: Path) -> None:
+    allowed = {AGENT.name, *sys.stdlib_module_names}
+    assert not {imported for imported in imports_of(path) if imported.partition(".")[0] not in allowed}
 
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if name_of(p).startswith("stacks")], ids=name_of)

@@ -138,3 +138,15 @@ def test_without_a_service_it_is_said_who_would_move_them(
     assert "No service runs" in said
     assert "goes on draining node b" in said
     assert "`machineuse node drain b` shows progress again" in said
+
+
+def test_on_a_terminal_nothing_in_a_reason_is_markup(
+    ledger: Ledger, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(ledger, "mu")
+    why = "node a is full [/a], at tcp://[fd00::3]:2376; " + "no room there " * 10
+    ledger.events.add("not_moved", message=why, instance_id="mu", node_id="b")
+    gone = [lambda: ledger.instances.change("mu", lambda r, _: lifecycle.note_gone(r))]
+    monkeypatch.setattr(drain_progress.time, "sleep", lambda _: gone.pop()())
+    drain_progress._follow_live(ledger, node_id="b", heartbeat_s=5)
+    assert f"mu can't be moved now: {why}\n" in capsys.readouterr().out

@@ -11,6 +11,7 @@ from pydantic import SecretStr
 from provisioner import lifecycle
 from provisioner.changes import Changes
 from provisioner.cluster import Cluster
+from provisioner.errors import EngineError
 from provisioner.ledger.records import InstanceRecord, NodeStatus, SnapshotRecord, SnapshotState
 from provisioner.lifecycle import Update
 from provisioner.live_snapshots import AT_ONCE, LiveSnapshots, is_due
@@ -126,6 +127,21 @@ def test_one_that_fails_harms_nobody_and_is_not_tried_again_at_once(world: World
     loop.step()
     assert world.record.pending_live is None
     assert any(e.kind == "live_snapshot_failed" for e in world.ledger.events.list(instance_id=ID))
+
+
+@pytest.mark.parametrize("fails_then", [False, True])
+def test_an_update_that_failed_as_a_whole_leaves_no_error_on_it_once_it_is_tried_again(
+    world: World, fails_then: bool
+) -> None:
+    add(world)
+    world.wish(lambda r: lifecycle.wish_live_snapshot(r, reason="test"))
+    world.engine.down = EngineError("It is down.")
+    world.converger.step()
+    assert world.record.error_code == EngineError.code
+    world.engine.down = None
+    world.engine.fail = {"-snapshot-": "The store is full. [snapshot_failed]"} if fails_then else {}
+    world.settle()
+    assert (world.record.status, world.record.error_code, world.record.attempts) == (Status.RUNNING, None, 0)
 
 
 @pytest.mark.parametrize("wish", ["dormant", "delete", "kill"])

@@ -101,7 +101,8 @@ def check(ledger: Ledger) -> None:
     assert [event.message for event in ledger.events.list()] == ["made"]
     with ledger.instances.reader() as loads:
         assert loads.ports("a") == {21000}
-    assert ledger.leftovers.nodes_of("mu-x") == {"b"}
+        assert loads.nodes_with_leftovers("mu-x") == {"b"}
+        assert [state.promised_cpu_cores for state in loads.nodes()] == [2]
     (point,) = ledger.samples.series(Scope.NODE, since=0, resolution_s=RAW, step_s=60)
     assert point.cpu_percent == 5.0
 

@@ -17,11 +17,11 @@ from provisioner.errors import Conflict, SnapshotCorrupt
 from provisioner.images import ImageCatalogue
 from provisioner.ledger.records import InstanceRecord, Moving, NodeStatus, SnapshotRecord, SnapshotState
 from provisioner.lifecycle import Update
-from provisioner.moves import Mover
+from provisioner.moves import MAX_PAUSE_S, Mover
 from provisioner.service import QUICK_START, InstanceService
 from provisioner.settings import Settings
 from provisioner.states import Status, Wanted
-from stacks.spec import Availability, ClusterSpec, NodeSpec, OfflinePolicy
+from stacks.spec import Availability, ClusterSpec, NodeSpec, OfflinePolicy, PortRange
 from tests.support.world import ID, NAMES, World, empty_ledger
 
 HOME = NAMES.volume_urn(ID)
@@ -147,6 +147,100 @@ def test_nothing_is_given_up_where_no_other_node_has_room(moves: Moves) -> None:
     moves.observe("b", status=NodeStatus.ONLINE)
     moves.run()
     assert (moves.record.node_id, moves.record.status) == ("b", Status.RUNNING)
+
+
+def test_no_more_are_given_up_than_other_nodes_have_room_for(moves: Moves) -> None:
+    moves.observe("b", status=NodeStatus.ONLINE, memory_bytes=2 * 2**30)
+    for number in range(4):
+        moves.add(f"mu-n{number}", memory_gb=1.0)
+    moves.lose("a")
+    moves.mover.step()
+    assert len(moves.ledger.instances.moving()) == 2
+    moves.run()
+    records = moves.ledger.instances.all()
+    assert sorted((r.node_id, r.status) for r in records) == [("a", Status.RUNNING)] * 2 + [("b", Status.RUNNING)] * 2
+    assert {moves.world.engine.made[NAMES.volume_urn(r.id)] for r in records if r.node_id == "a"} == {"new"}
+
+
+def test_no_more_are_given_up_than_other_nodes_have_ports_for(moves: Moves) -> None:
+    nodes = (moves.cluster.spec.nodes[0], NodeSpec(id="b", host="unix:///b", ports=PortRange(first=21000, last=21003)))
+    moves.cluster.replace(moves.cluster.spec.model_copy(update={"nodes": nodes}))
+    for number in range(3):
+        moves.add(f"mu-n{number}")
+    moves.lose("a")
+    moves.mover.step()
+    assert len(moves.ledger.instances.moving()) == 2
+
+
+def test_a_drain_that_its_node_does_not_live_to_see_the_end_of_becomes_a_move(moves: Moves) -> None:
+    moves.add()
+    moves.mark("a", Availability.DRAINING)
+    moves.mover.step()
+    drained = moves.record.snapshot_generation
+    moves.lose("a")
+    moves.run()
+    record = moves.record
+    assert (record.node_id, record.status, record.moving) == ("b", Status.RUNNING, None)
+    assert moves.world.engine.made[HOME] == "old"
+    assert "what it did after that is lost" in (record.restore_note or "")
+    assert record.snapshot(drained) is None
+    assert NAMES.snapshot_urn(ID, drained or 0) not in moves.world.engine.made
+
+
+def test_a_drain_whose_snapshot_was_whole_loses_nothing_with_its_node(moves: Moves) -> None:
+    moves.add()
+    moves.mark("a", Availability.DRAINING)
+    moves.mover.step()
+    moves.world.converger.step()  # the snapshot
+    moves.lose("a")
+    moves.run()
+    assert (moves.record.node_id, moves.record.restore_note) == ("b", None)
+    assert moves.world.engine.made[HOME] == "new"
+
+
+def test_a_drain_that_waits_for_its_node_holds_up_no_other(tmp_path: Path) -> None:
+    moves = Moves(tmp_path, action="wait")
+    moves.add("mu-stuck")
+    moves.mark("a", Availability.DRAINING)
+    moves.mover.step()
+    moves.lose("a")
+    moves.world.add(id=ID, node_id="b")
+    moves.world.settle()
+    nodes = (*moves.cluster.spec.nodes, NodeSpec(id="c", host="unix:///c"))
+    moves.cluster.replace(moves.cluster.spec.model_copy(update={"nodes": nodes}))
+    moves.ledger.nodes.sync(nodes)
+    moves.observe("c", status=NodeStatus.ONLINE)
+    moves.mark("b", Availability.DRAINING)
+    moves.run()
+    assert (moves.record.node_id, moves.record.status) == ("c", Status.RUNNING)
+
+
+def test_a_failed_instance_stays_with_its_lost_node_and_that_is_said_once(moves: Moves) -> None:
+    moves.add()
+    moves.world.wish(lambda _: Update(values={"status": Status.FAILED}))
+    moves.lose("a")
+    moves.run()
+    assert (moves.record.node_id, moves.record.status, moves.world.engine.made[HOME]) == ("a", Status.FAILED, "new")
+    assert len(moves.events("not_moved")) == 1
+    assert "a failed instance can't be moved" in moves.events("not_moved")[0]
+
+
+def test_that_the_room_elsewhere_changes_all_the_time_is_no_news(moves: Moves) -> None:
+    moves.add(memory_gb=4.0)
+    moves.lose("a")
+    for memory_gib in (1, 2, 3):
+        moves.observe("b", status=NodeStatus.ONLINE, memory_bytes=memory_gib * 2**30)
+        moves.run(rounds=1)
+    assert len(moves.events("not_moved")) == 1
+
+
+def test_a_move_that_worked_long_ago_slows_down_no_later_one(moves: Moves) -> None:
+    moves.add()
+    moves.mover._pauses[ID] = (time.monotonic() - MAX_PAUSE_S - 1, MAX_PAUSE_S)
+    moves.mark("a", Availability.DRAINING)
+    moves.mover.step()
+    assert moves.record.moving is Moving.DRAIN
+    assert moves.mover._pauses[ID][1] < 2
 
 
 def test_an_instance_that_goes_to_sleep_or_is_deleted_is_not_moved(moves: Moves) -> None:
@@ -315,6 +409,25 @@ def test_a_revive_of_what_is_being_moved_waits_for_the_move(moves: Moves) -> Non
     moves.mover.step()
     generation = moves.record.generation
     assert moves.service.revive(ID, method=QUICK_START).generation == generation
+
+
+def test_who_wakes_what_was_given_up_is_told_what_is_lost(moves: Moves) -> None:
+    moves.add()
+    moves.lose("a")
+    moves.mover.step()
+    moves.world.settle()
+    assert moves.service.revive(ID, method=QUICK_START).restore_note == moves.record.restore_note
+    assert "Node a was lost" in (moves.record.restore_note or "")
+
+
+def test_a_drained_instance_that_is_being_deleted_is_not_moved(moves: Moves) -> None:
+    moves.add()
+    moves.mark("a", Availability.DRAINING)
+    moves.mover.step()
+    moves.world.wish(lambda r: lifecycle.wish_absent(r, force=False))
+    moves.lose("a")
+    moves.mover.step()
+    assert moves.record.wanted is Wanted.ABSENT
 
 
 def test_only_what_runs_gets_a_live_snapshot() -> None:

@@ -1,15 +1,18 @@
-"""What a server answers that no server here can be made to: a full disk, keys of another kind, its own encryption."""
+"""What a server answers that no server here can be made to: a full quota, keys of another kind, its own encryption."""
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from botocore.stub import ANY, Stubber
 
+from provisioner import object_storage
 from provisioner.errors import ObjectMissing, ObjectStorageError, SettingsError
 from provisioner.object_storage import Bucket
 from provisioner.snapshots.location import parse_s3_url
+from provisioner.snapshots.s3 import S3Store
 
 
 @pytest.fixture
@@ -28,6 +31,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Bucket:
         ("XMinioStorageFull", 507, "no room left", "Free some space"),
         ("AccessDenied", 403, "refuses our keys", "AWS_SECRET_ACCESS_KEY"),
         ("ExpiredToken", 400, "refuses our keys", "profile"),
+        ("RequestTimeTooSkewed", 403, "clock", "NTP"),
         ("NoSuchBucket", 404, "does not exist", "Create the bucket"),
         ("InternalError", 500, "InternalError", "server's log"),
     ],
@@ -71,7 +75,7 @@ def test_a_completion_whose_answer_was_lost_is_found_done(
         stub.add_response("create_multipart_upload", {"UploadId": "u"})
         stub.add_response("upload_part", {"ETag": "e"})
         stub.add_client_error("complete_multipart_upload", "NoSuchUpload", http_status_code=404)
-        stub.add_response("head_object", {"ContentLength": length}, {"Bucket": ANY, "Key": "key"})
+        stub.add_response("head_object", {"ContentLength": length, "ETag": "e"}, {"Bucket": ANY, "Key": "key"})
         upload = bucket.begin_upload("key")
         upload.write(b"x")
         if outcome is None:
@@ -79,6 +83,61 @@ def test_a_completion_whose_answer_was_lost_is_found_done(
         else:
             with pytest.raises(outcome):
                 upload.complete()
+
+
+def test_a_completion_that_the_server_is_still_at_is_waited_for(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As versitygw does: asked a second time while it copies the parts together, it says that all is well."""
+    monkeypatch.setattr(object_storage, "_LOOK_S", 0)
+    with Stubber(bucket._client) as stub:
+        stub.add_response("create_multipart_upload", {"UploadId": "u"})
+        stub.add_response("upload_part", {"ETag": "e"})
+        stub.add_response("complete_multipart_upload", {})
+        for _ in range(3):
+            stub.add_client_error("head_object", "404", http_status_code=404)
+        stub.add_response("head_object", {"ContentLength": 1, "ETag": "whole"})
+        upload = bucket.begin_upload("key")
+        upload.write(b"x")
+        upload.complete()
+        stub.assert_no_pending_responses()
+    assert upload.etag == "whole"
+
+
+def test_an_object_that_never_comes_is_not_waited_for_for_ever(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_storage, "COMPLETE_S", 0)
+    with Stubber(bucket._client) as stub:
+        stub.add_response("create_multipart_upload", {"UploadId": "u"})
+        stub.add_response("upload_part", {"ETag": "e"})
+        stub.add_response("complete_multipart_upload", {})
+        stub.add_client_error("head_object", "404", http_status_code=404)
+        upload = bucket.begin_upload("key")
+        upload.write(b"x")
+        with pytest.raises(ObjectStorageError, match="put no object together within"):
+            upload.complete()
+
+
+def _parts(now: datetime, *, hours_ago: tuple[int, ...]) -> dict[str, Any]:
+    written = (now - timedelta(hours=age) for age in hours_ago)
+    return {"Parts": [{"PartNumber": number, "LastModified": at} for number, at in enumerate(written, 1)]}
+
+
+def test_an_upload_that_still_gets_parts_is_not_cleaned_up_nor_what_belongs_to_it(bucket: Bucket) -> None:
+    """However long ago it began: an archive may take days to a server that is far away."""
+    now = datetime.now(UTC)
+    slow, dead = "mu-1/1/rootfs.tar.zst", "mu-2/1/home.tar.zst"
+    uploads = [{"Key": key, "UploadId": key[:4], "Initiated": now - timedelta(days=3)} for key in (slow, dead)]
+    objects = [{"Key": key, "LastModified": now - timedelta(days=2)} for key in ("mu-1/1/home.tar.zst", dead)]
+    where = {"Bucket": "profiles", "Key": dead}
+    with Stubber(bucket._client) as stub:
+        stub.add_response("list_multipart_uploads", {"Uploads": uploads})
+        stub.add_response("list_parts", _parts(now, hours_ago=(60, 1)))
+        stub.add_response("list_parts", _parts(now, hours_ago=(60, 50)))
+        stub.add_response("abort_multipart_upload", {}, {**where, "UploadId": "mu-2"})
+        stub.add_response("list_objects_v2", {"Contents": objects})
+        stub.add_response("delete_object", {}, where)
+        assert S3Store(bucket).clean_up(older_than=timedelta(days=1)) == 1
+        stub.assert_no_pending_responses()
 
 
 def test_a_profile_that_is_not_there_is_a_wrong_setting(monkeypatch: pytest.MonkeyPatch) -> None:

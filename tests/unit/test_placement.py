@@ -216,7 +216,25 @@ def test_a_size_that_no_node_could_ever_have_is_refused(size: dict[str, float]) 
         place(need(**size), nodes=[node("a")], states=[seen("a", disk_gib=20, online=False)])
 
 
+def test_a_size_is_not_refused_for_good_while_a_node_has_never_said_what_it_has() -> None:
+    states = [seen("a"), seen("b", online=False, memory_bytes=None, cpu_cores=None)]
+    assert "node b: offline" in refusal(need(memory_gb=17), nodes=A_AND_B, states=states).message
+    assert "node b: offline" in refusal(need(cpu_cores=5), nodes=A_AND_B, states=states[:1]).message
+
+
+def test_a_node_that_left_the_cluster_says_nothing_about_what_others_have() -> None:
+    with pytest.raises(InvalidRequest, match="more than any node has"):
+        place(need(memory_gb=17), nodes=[node("a")], states=[seen("a"), seen("gone", gib=64)])
+
+
 # ---- what is said when there is no room
+
+
+def test_what_is_not_quite_enough_does_not_look_like_enough() -> None:
+    lacking = refusal(need(), nodes=[node("a")], states=[seen("a", memory_gb=15.02)])
+    assert "0.9 GB of memory left, 1 needed" in lacking.message
+    with pytest.raises(InvalidRequest, match=r"15.6 GB is more than any node has \(15.5 GB\)"):
+        place(need(memory_gb=15.6), nodes=[node("a")], states=[seen("a", gib=15.58)])
 
 
 def test_no_room_says_what_each_node_lacks() -> None:
@@ -235,6 +253,8 @@ def test_no_room_says_what_each_node_lacks() -> None:
     }
     for name, (spec, state, words) in lacking.items():
         assert f"(node {name}: {words})" in refusal(need(), nodes=[spec], states=[state]).message
+    closed_since = refusal(need(), nodes=[node("a")], states=[seen("a", availability="cordoned")])
+    assert "(node a: cordoned)" in closed_since.message
     never_seen = refusal(need(), nodes=[node("a")], states=[])
     assert "node a: offline" in never_seen.message
     ports = {"a": frozenset(range(21000, 21005))}
@@ -249,7 +269,7 @@ def test_a_thousand_nodes_are_counted_by_what_they_lack() -> None:
     said = refusal(need(), nodes=nodes, states=states).message
     assert said == (
         "No node has room now (1 node: offline; 399 nodes: have all their instances;"
-        " 600 nodes: at most 0.8 GB of memory left, 1 needed)."
+        " 600 nodes: at most 0.7 GB of memory left, 1 needed)."
     )
 
 
@@ -290,6 +310,7 @@ def clusters(draw: st.DrawFn) -> tuple[list[NodeSpec], list[NodeState], dict[str
             seen(
                 name,
                 online=draw(st.sampled_from([True, True, False])),
+                availability=draw(st.sampled_from(["active", "active", "draining"])),
                 gib=draw(st.sampled_from([1, 4, 16])),
                 cpu_cores=draw(st.sampled_from([None, 1, 4])),
                 disk_gib=draw(st.sampled_from([None, 5, 100])),
@@ -339,6 +360,7 @@ def test_a_place_never_breaks_a_limit_and_is_always_the_same(
     state = next(state for state in states if state.id == chosen.node.id)
     assert state.online
     assert chosen.node.availability is Availability.ACTIVE
+    assert state.availability == "active"
     assert chosen.node.id not in wanted.avoid
     assert not wanted.strict or chosen.node.id == wanted.node_preference
     assert wanted.labels.items() <= chosen.node.labels.items()

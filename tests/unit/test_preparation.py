@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from provisioner import lifecycle, preparation
+from provisioner import image_supply, lifecycle, preparation
 from provisioner.changes import Changes
 from provisioner.cluster import Cluster
-from provisioner.converger import Work, plan
 from provisioner.docker_hosts.hosts import DockerHosts
+from provisioner.errors import NodeUnreachable
 from provisioner.ledger import Ledger
 from provisioner.ledger.records import InstanceRecord
 from provisioner.preparation import Preparation
@@ -23,9 +23,11 @@ from provisioner.snapshots.capture import CaptureRequest
 from provisioner.snapshots.directory import DirectoryStore
 from provisioner.specs import spec_of
 from provisioner.states import Status
+from provisioner.work import Work, plan
 from stacks.names import Names
 from stacks.spec import ClusterSpec
 from tests.support.records import make_record
+from tests.support.watched import wait_until as until
 
 NAMES = Names("unit")
 ID = "mu-test"
@@ -50,12 +52,14 @@ class FakeCloudPreparation:
 
     def __init__(self) -> None:
         self.done: list[str] = []
+        self.asked: list[str] = []
         self.begun = threading.Event()
         self.may_go_on = threading.Event()
 
     def make_volume(self, record: InstanceRecord) -> None:
+        self.asked.append(record.id)
         self.begun.set()
-        assert self.may_go_on.wait(10)
+        assert self.may_go_on.wait(30)
         self.done.append(f"make {record.generation}")
 
     def release(self, record: InstanceRecord) -> None:
@@ -103,19 +107,13 @@ class World:
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     monkeypatch.setattr(preparation, "find_image", lambda *_: object())
+    monkeypatch.setattr(image_supply, "find_image", lambda *_: object())
     world = World(tmp_path)
     yield world
     world.docker.may_go_on.set()
     world.cloud.may_go_on.set()
     world.preparation.close()
     world.ledger.close()
-
-
-def until(done: Callable[[], bool]) -> None:
-    give_up_at = time.monotonic() + 10
-    while not done():
-        assert time.monotonic() < give_up_at
-        time.sleep(0.01)
 
 
 def test_a_body_is_made_ahead(world: World) -> None:
@@ -180,6 +178,16 @@ def test_a_cloud_volume_is_made_before_the_update_and_nothing_on_it_ahead(world:
     assert world.docker.made == []
 
 
+def test_nobody_waits_for_what_others_wait_for_in_the_cloud(world: World) -> None:
+    ids = [f"mu-{number}" for number in range(2 * preparation.WORKERS)]
+    for number, instance_id in enumerate(ids):
+        ports = {"debug_port": 22000 + 2 * number, "stream_port": 22001 + 2 * number}
+        work = plan(world.add(id=instance_id, volume="ebs", **ports), names=NAMES)
+        assert work is not None
+        assert not world.preparation.prepare(work)
+    until(lambda: sorted(world.cloud.asked) == ids)
+
+
 def test_a_delete_waits_for_the_cloud_volume_that_is_being_made_and_removes_it(world: World) -> None:
     world.add(volume="ebs")
     world.preparation.prepare(world.work)
@@ -191,3 +199,30 @@ def test_a_delete_waits_for_the_cloud_volume_that_is_being_made_and_removes_it(w
     world.cloud.may_go_on.set()
     until(lambda: world.preparation.prepare(world.work))
     assert world.cloud.done == ["make 1", "release 2"]
+
+
+def test_a_node_that_does_not_say_whether_it_has_an_image_holds_up_nobody(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = threading.Event()
+    monkeypatch.setattr(preparation, "find_image", lambda *_: answers.wait(10))
+    world.add()
+    world.docker.may_go_on.set()
+    assert not world.preparation.prepare(world.work)
+    assert not world.preparation.prepare(world.work)
+    answers.set()
+    until(lambda: world.preparation.prepare(world.work))
+    until(lambda: len(world.docker.made) == 2)
+
+
+def test_a_node_that_goes_silent_while_it_is_asked_for_an_image_fails_the_step(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def be_silent(*_: Any) -> None:
+        raise NodeUnreachable("It does not answer.")
+
+    monkeypatch.setattr(preparation, "find_image", be_silent)
+    world.add()
+    for _ in range(2):
+        with pytest.raises(NodeUnreachable):
+            world.preparation.prepare(world.work)

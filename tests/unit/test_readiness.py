@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from provisioner import readiness
-from provisioner.browser_status import BrowserStatus
+from provisioner.browser_status import BrowserStatus, BrowserStatusClient
 from provisioner.changes import Changes
 from provisioner.cluster import Cluster
-from provisioner.docker_hosts.hosts import DockerHosts
+from provisioner.docker_hosts.hosts import DockerHost, DockerHosts
 from provisioner.docker_hosts.inventory import ContainerState
 from provisioner.ledger import Ledger
+from provisioner.ledger.records import NodeStatus
 from provisioner.readiness import GRACE_S, Outcome, Readiness, Watch, is_awaited, judge
 from provisioner.settings import Settings
 from provisioner.states import Status, Wanted
 from stacks.spec import ClusterSpec, NodeSpec
 from tests.support.records import make_record
+from tests.support.watched import wait_until
 
 RUNNING = ContainerState(state="running", exit_code=0, oom_killed=False, restart_count=0, error="")
 RESTARTING = dataclasses.replace(RUNNING, state="restarting", exit_code=3, restart_count=3)
@@ -137,3 +141,77 @@ def test_an_answer_from_elsewhere_or_between_two_crashes_takes_nothing_back(
 ) -> None:
     assert revisited.look(RUNNING) is Status.FAILED
     assert revisited.look(container) is Status.FAILED
+
+
+class Awaited:
+    """Instances that are waited for on two nodes: `dead`, which has missed heartbeats, and `alive`."""
+
+    def __init__(self, path: Path) -> None:
+        self.ledger = Ledger.create(path / "ledger.db")
+        self.nodes = (NodeSpec(id="dead", host="unix:///dead"), NodeSpec(id="alive", host="unix:///alive"))
+        self.ledger.nodes.sync(self.nodes)
+        for node_id, misses in (("dead", 1), ("alive", 0)):
+            self.ledger.nodes.observe(node_id, values={"status": NodeStatus.ONLINE, "misses": misses})
+        self.readiness = Readiness(
+            self.ledger,
+            cluster=Cluster(ClusterSpec(name="unit", nodes=self.nodes)),
+            hosts=DockerHosts(),
+            settings=Settings(),
+            changes=Changes(),
+        )
+
+    def add(self, node_id: str, *, number: int = 0, port: int | None = None) -> str:
+        fields = {"id": f"mu-{node_id}{number}", "node_id": node_id, "debug_port": port, "stream_port": None}
+        record = make_record(status=Status.CREATING, settled_generation=0, **fields)
+        return self.ledger.instances.create(lambda _: (record, "test")).id
+
+
+@pytest.fixture
+def awaited(tmp_path: Path) -> Iterator[Awaited]:
+    awaited = Awaited(tmp_path)
+    yield awaited
+    awaited.readiness.stop()
+    awaited.ledger.close()
+
+
+def test_nobody_waits_for_those_on_a_silent_node(awaited: Awaited, monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+
+    def look(host: DockerHost, **_: object) -> ContainerState | None:
+        if host.url == "unix:///dead":
+            over.wait(20)
+        return RUNNING
+
+    monkeypatch.setattr(readiness, "describe_container", look)
+    for number in range(10):
+        awaited.add("dead", number=number)
+    alive = awaited.add("alive")
+    awaited.readiness.start()
+    wait_until(lambda: awaited.ledger.instances.get(alive).status is Status.RUNNING, what="it is ready", timeout_s=10)
+    awaited.ledger.nodes.observe("dead", values={"misses": 0})
+    over.set()
+    awaited.readiness.step()
+    wait_until(lambda: not awaited.ledger.instances.unsettled(), what="the others are, once their node answers")
+
+
+def test_few_browsers_of_silent_nodes_are_asked_at_a_time(awaited: Awaited, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    answers = threading.Event()
+
+    class SlowClient(BrowserStatusClient):
+        async def ask(self, url: str) -> BrowserStatus | None:
+            asked.append(url)
+            await asyncio.to_thread(answers.wait, 20)
+            return BrowserStatus(ready=True)
+
+    monkeypatch.setattr(readiness, "BrowserStatusClient", SlowClient)
+    many = 3 * readiness.ASKED_ON_SILENT_NODES
+    for number in range(many):
+        awaited.add("dead", number=number, port=21000 + number)
+    awaited.readiness.start()
+    wait_until(lambda: len(asked) == readiness.ASKED_ON_SILENT_NODES, what="a few are asked")
+    awaited.readiness.watch(awaited.ledger.instances.get(awaited.add("alive", port=21000)))
+    wait_until(lambda: len(asked) > readiness.ASKED_ON_SILENT_NODES, what="another node's is asked beside them")
+    assert len(asked) == readiness.ASKED_ON_SILENT_NODES + 1
+    answers.set()
+    wait_until(lambda: not awaited.ledger.instances.unsettled(), what="all have answered")

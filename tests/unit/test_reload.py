@@ -61,10 +61,9 @@ class Cell:
         self.ledger: Ledger = empty_ledger(directory)
         self.cluster = Cluster(read_cluster(directory, cluster="x"))
         self.engine = ListeningEngine()
+        self.hosts = DockerHosts()
         settings = Settings(project_dir=directory, cluster="x")
-        self.reload = Reload(
-            self.ledger, cluster=self.cluster, settings=settings, hosts=DockerHosts(), changes=Changes()
-        )
+        self.reload = Reload(self.ledger, cluster=self.cluster, settings=settings, hosts=self.hosts, changes=Changes())
         self.reload.sync()
         self.ledger.write_fact(APPLIED, fingerprint(self.cluster.spec))
         self.reload.apply_all(self.engine)  # type: ignore[arg-type]
@@ -194,6 +193,26 @@ def test_a_removed_node_that_the_stack_does_not_let_go_yet_is_tried_again(two: C
     assert len(two.engine.updates) == 4
 
 
+def test_the_engine_of_a_removed_node_is_let_go_of_with_the_last_update_that_needs_it(two: Cell) -> None:
+    stays, goes = two.cluster.nodes
+    kept, gone = two.hosts.of(stays), two.hosts.of(goes)
+    two.engine.fails = {NETWORK_B: "it has active endpoints [docker_error]"}
+    two.write(A)
+    assert two.hosts.of(goes) is gone
+    two.engine.fails = {}
+    two.look()
+    assert two.hosts.of(goes) is not gone
+    assert two.hosts.of(stays) is kept
+
+
+def test_a_node_that_is_reached_otherwise_is_not_reached_as_before_too(two: Cell) -> None:
+    _, before = two.cluster.nodes
+    host = two.hosts.of(before)
+    two.write(AB.replace("nobody/b", "nobody/c"))
+    assert two.nodes() == (["a", "b"], ["a", "b"])
+    assert two.hosts.of(before) is not host
+
+
 def test_a_node_with_a_running_instance_is_not_taken_away(two: Cell) -> None:
     two.add()
     two.write(A)
@@ -230,6 +249,19 @@ def test_another_host_for_a_node_with_instances_needs_an_answer(two: Cell) -> No
     (said,) = two.events("cluster_file_refused")
     assert "whether that is the same engine can't be told" in said
     assert two.cluster.spec.node("b").host == "unix:///nobody/b"  # type: ignore[union-attr]
+
+
+def test_a_node_with_homes_on_cloud_volumes_stays_a_cloud_machine(tmp_path: Path) -> None:
+    aws = AB.replace("b'}", "b', volume: ebs, cloud: {instance_id: i-b, zone: us-east-1a}}")
+    cell = Cell(tmp_path, text=aws)
+    cell.add(volume="ebs")
+    cell.write(AB)
+    (said,) = cell.events("cluster_file_refused")
+    assert "Node 'b' has no `cloud` any more, but instance mu-b is on cloud volumes there" in said
+    assert cell.cluster.spec.nodes[1].cloud is not None
+    cell.write(aws.replace("volume: ebs, ", ""))  # what comes from now on is on its disk
+    assert cell.cluster.spec.nodes[1].volume == "docker"
+    cell.ledger.close()
 
 
 def test_a_service_does_not_start_on_another_engine_either(two: Cell) -> None:

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pydantic import SecretStr
+from pydantic import SecretStr, ValidationError
 
 from provisioner.errors import InvalidRequest, NotFound
 from provisioner.ledger import Ledger
-from provisioner.ledger.samples import HOUR, RAW, TEN_MINUTES, Sample, Scope, Usage
+from provisioner.ledger.samples import FRESH_FOR_S, HOUR, RAW, TEN_MINUTES, Sample, Scope, Usage
 from provisioner.metrics import PERIODS, read_metrics
+from provisioner.settings import Settings
 from provisioner.states import Status
 from stacks.spec import NodeSpec
 from tests.support.records import make_record
@@ -108,3 +109,8 @@ def test_an_unknown_node_or_period_is_refused(ledger: Ledger) -> None:
         read_metrics(ledger, period="1h", node_id="nowhere")
     with pytest.raises(InvalidRequest):
         read_metrics(ledger, period="2h")
+
+
+def test_the_next_sample_comes_before_the_last_one_is_too_old_to_be_shown() -> None:
+    with pytest.raises(ValidationError, match="sample_s"):
+        Settings(sample_s=FRESH_FOR_S)

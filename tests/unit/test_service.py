@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from provisioner.ledger import Ledger
 from provisioner.ledger.records import InstanceRecord, NodeStatus
 from provisioner.service import FULL_RESTORE, QUICK_START, InstanceService
 from provisioner.settings import Settings
-from provisioner.states import Status
-from stacks.spec import ClusterSpec
+from provisioner.states import Status, Wanted
+from stacks.spec import ClusterSpec, NodeSpec
 from tests.support.records import make_record
 
 ID = "mu-test"
@@ -86,6 +87,29 @@ def test_an_instance_being_repaired_is_not_taken_for_one_being_revived(
 def test_an_instance_that_comes_back_from_a_failed_dormancy_is_not_being_revived() -> None:
     record = make_record(generation=5, applied_generation=5, settled_generation=3, restore_generation=2)
     assert record.operation == "restarting"
+
+
+def test_many_callers_of_the_same_moment_all_get_their_turn(ledger: Ledger, service: InstanceService) -> None:
+    """More than there are connections, of which each holds one while it waits."""
+    ledger.nodes.sync([NodeSpec(id="local")])
+    seen = {"status": NodeStatus.ONLINE, "memory_bytes": 64 << 30, "cpu_cores": 64.0}
+    ledger.nodes.observe("local", values=seen)
+    ids = [f"mu-{number}" for number in range(32)]
+    for number, instance_id in enumerate(ids):
+        record = make_record(id=instance_id, debug_port=22000 + number, stream_port=23000 + number)
+        ledger.instances.create(lambda _, record=record: (record, "test"))
+
+    with ThreadPoolExecutor(max_workers=len(ids)) as pool:
+        asleep = list(pool.map(service.make_dormant, ids))
+        assert {record.wanted for record in asleep} == {Wanted.DORMANT}
+        for instance_id in ids:
+            for note in (
+                lambda r: lifecycle.note_snapshot(r, generation=2, size_bytes=1, keep=1),
+                lambda r: lifecycle.note_dormant(r, generation=2),
+            ):
+                ledger.instances.change(instance_id, lambda r, _, note=note: note(r))
+        awake = list(pool.map(lambda instance_id: service.revive(instance_id, method=QUICK_START), ids))
+    assert len({port for record in awake for port in (record.debug_port, record.stream_port)}) == 2 * len(ids)
 
 
 AWS = {"volume": "ebs", "cloud": {"instance_id": "i-a", "zone": "us-east-1a"}}

@@ -25,15 +25,14 @@ from provisioner.docker_hosts.hosts import DockerHost
 from provisioner.docker_hosts.images import pull_image
 from provisioner.errors import DockerError, DockerNotFound, MachineuseError
 from provisioner.plugins.docker.container_values import COMPUTED, TABLE, read_outputs, to_config, to_limits
-from provisioner.plugins.docker.properties import as_declared, check_inputs, compare, keep_wording, same
+from provisioner.plugins.docker.properties import as_declared, compare, keep_wording, same
 from provisioner.plugins.docker.shared import DockerResources, is_ours, read_labels
 from provisioner.plugins.policy import DeleteDecision
-from provisioner.plugins.resources import Call, Checked, Created, Difference, Found, ResourceType
+from provisioner.plugins.resources import Call, Created, Found
 from provisioner.plugins.values import Properties
 
 log = structlog.get_logger(__name__)
 
-TOKEN = "docker:index/container:Container"
 LIMITS = ("cpus", "maxRetryCount", "memory", "memoryReservation", "memorySwap", "restart")
 """What `docker update` can change."""
 ATTEMPTS = 3
@@ -42,20 +41,11 @@ _NO_IMAGE = "No such image"
 _NAME_TAKEN = "is already in use by container"
 
 
-class ContainerType(DockerResources, ResourceType):
+class ContainerType(DockerResources):
     """A container; running, unless `start` is false."""
 
+    table = TABLE
     computed = COMPUTED
-
-    def check(self, call: Call, *, olds: Properties, news: Properties) -> Checked:
-        del call, olds
-        return check_inputs(TABLE, news)
-
-    def diff(
-        self, call: Call, *, id: str, old_inputs: Properties, old_outputs: Properties, news: Properties
-    ) -> Difference:
-        del call, id
-        return compare(TABLE, old_inputs=old_inputs, old_outputs=old_outputs, news=news)
 
     def create(self, call: Call, *, inputs: Properties) -> Created:
         host = self._host(call)

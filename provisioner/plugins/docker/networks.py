@@ -14,16 +14,14 @@ from provisioner.plugins.docker.properties import (
     TEXT_MAP,
     Property,
     as_declared,
-    check_inputs,
     compare,
     keep_wording,
 )
 from provisioner.plugins.docker.shared import DockerResources, is_ours, read_labels, write_labels
 from provisioner.plugins.policy import DeleteDecision
-from provisioner.plugins.resources import Call, Checked, Created, Difference, Found, ResourceType
+from provisioner.plugins.resources import Call, Created, Found
 from provisioner.plugins.values import Properties
 
-TOKEN = "docker:index/network:Network"
 TABLE = {
     "name": Property(TEXT, required=True),
     "labels": Property(LABELS),
@@ -35,20 +33,11 @@ TABLE = {
 ATTEMPTS = 3
 
 
-class NetworkType(DockerResources, ResourceType):
+class NetworkType(DockerResources):
     """A network. One of ours that is as it should be is adopted; one of ours that is not is made anew."""
 
+    table = TABLE
     computed = frozenset({"driver", "ipamConfigs", "scope"})
-
-    def check(self, call: Call, *, olds: Properties, news: Properties) -> Checked:
-        del call, olds
-        return check_inputs(TABLE, news)
-
-    def diff(
-        self, call: Call, *, id: str, old_inputs: Properties, old_outputs: Properties, news: Properties
-    ) -> Difference:
-        del call, id
-        return compare(TABLE, old_inputs=old_inputs, old_outputs=old_outputs, news=news)
 
     def create(self, call: Call, *, inputs: Properties) -> Created:
         host = self._host(call)

@@ -185,11 +185,11 @@ RESTART = Kind(_restart, empty="no")
 NETWORK_MODE = Kind(_network_mode, empty="bridge")
 
 
-def check_inputs(table: Table, news: Properties, *, package: str = "docker") -> Checked:
+def check_inputs(table: Table, news: Properties) -> Checked:
     """Validate inputs and fill in defaults, recorded under `__defaults` as the official plugin does it."""
     inputs = {key: value for key, value in news.items() if value is not None and key != DEFAULTS_KEY}
     failures = [
-        Failure(key, f"'{key}' is not supported by the {package} plugin of Machineuse.")
+        Failure(key, f"'{key}' is not supported by the docker plugin of Machineuse.")
         for key in inputs
         if key not in table
     ]

@@ -8,6 +8,7 @@ from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.plugins.base import PluginServicer
 from provisioner.plugins.docker import containers, networks, volumes
 from provisioner.plugins.policy import DeletePolicy
+from stacks.names import CONTAINER_TYPE, NETWORK_TYPE, VOLUME_TYPE
 
 
 class DockerProvider(PluginServicer):
@@ -21,9 +22,9 @@ class DockerProvider(PluginServicer):
         """Reach engines through `hosts`, and ask `policy` before every delete."""
         super().__init__(
             {
-                containers.TOKEN: containers.ContainerType(hosts, policy),
-                networks.TOKEN: networks.NetworkType(hosts, policy),
-                volumes.TOKEN: volumes.VolumeType(hosts, policy),
+                CONTAINER_TYPE: containers.ContainerType(hosts, policy),
+                NETWORK_TYPE: networks.NetworkType(hosts, policy),
+                VOLUME_TYPE: volumes.VolumeType(hosts, policy),
             },
             engine_address=engine_address,
         )

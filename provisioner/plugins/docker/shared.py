@@ -1,17 +1,18 @@
-"""What the resource types of the docker package have in common: the host, labels, and deletes by policy."""
+"""What the resource types of the docker package have in common: the table, the host, labels, and deletes by policy."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import structlog
 
 from provisioner.docker_hosts.hosts import LOCAL_ENGINE, DockerHost, DockerHosts
 from provisioner.errors import NodeUnreachable, StillWanted
+from provisioner.plugins.docker.properties import Table, check_inputs, compare
 from provisioner.plugins.policy import DeleteDecision, DeletePolicy
-from provisioner.plugins.resources import Call
+from provisioner.plugins.resources import Call, Checked, Difference, ResourceType
 from provisioner.plugins.values import Properties
 from stacks.names import LEDGER_LABEL, URN_LABEL
 
@@ -38,12 +39,26 @@ def is_ours(live: Mapping[str, str] | None, *, wanted: Mapping[str, str]) -> boo
     return all((live or {}).get(label) == wanted[label] for label in (URN_LABEL, LEDGER_LABEL))
 
 
-class DockerResources:
-    """Base of the package's resource types: finds the host of a call and asks before it deletes."""
+class DockerResources(ResourceType):
+    """Base of the package's resource types: goes by a table, finds the host of a call, and asks before it deletes."""
+
+    table: ClassVar[Table]
 
     def __init__(self, hosts: DockerHosts, policy: DeletePolicy) -> None:
         self._hosts = hosts
         self._policy = policy
+
+    def check(self, call: Call, *, olds: Properties, news: Properties) -> Checked:
+        """Validate the wanted inputs and fill in defaults, by the table."""
+        del call, olds
+        return check_inputs(self.table, news)
+
+    def diff(
+        self, call: Call, *, id: str, old_inputs: Properties, old_outputs: Properties, news: Properties
+    ) -> Difference:
+        """Compare what was recorded with what is wanted, by the table."""
+        del call, id
+        return compare(self.table, old_inputs=old_inputs, old_outputs=old_outputs, news=news)
 
     def _host(self, call: Call) -> DockerHost:
         config = call.config

@@ -13,17 +13,14 @@ from provisioner.plugins.docker.properties import (
     TEXT_MAP,
     Property,
     as_declared,
-    check_inputs,
-    compare,
     keep_wording,
 )
 from provisioner.plugins.docker.shared import DockerResources, is_ours, read_labels, write_labels
 from provisioner.plugins.policy import DeleteDecision
-from provisioner.plugins.resources import Call, Checked, Created, Difference, Found, ResourceType
+from provisioner.plugins.resources import Call, Created, Found
 from provisioner.plugins.values import Properties
 from stacks.names import LEDGER_LABEL, URN_LABEL
 
-TOKEN = "docker:index/volume:Volume"
 TABLE = {
     "name": Property(TEXT, required=True),
     "labels": Property(LABELS),
@@ -32,20 +29,11 @@ TABLE = {
 }
 
 
-class VolumeType(DockerResources, ResourceType):
+class VolumeType(DockerResources):
     """A named volume. One that was made for the same URN and ledger is always adopted: its files are the point."""
 
+    table = TABLE
     computed = frozenset({"driver", "mountpoint"})
-
-    def check(self, call: Call, *, olds: Properties, news: Properties) -> Checked:
-        del call, olds
-        return check_inputs(TABLE, news)
-
-    def diff(
-        self, call: Call, *, id: str, old_inputs: Properties, old_outputs: Properties, news: Properties
-    ) -> Difference:
-        del call, id
-        return compare(TABLE, old_inputs=old_inputs, old_outputs=old_outputs, news=news)
 
     def create(self, call: Call, *, inputs: Properties) -> Created:
         host = self._host(call)

@@ -7,26 +7,26 @@ machine) is refused before anything else is looked at, so that "this ledger know
 from __future__ import annotations
 
 from provisioner.errors import LedgerMismatch
-from provisioner.plugins.machineuse.inputs import ClaimInputs, check
-from provisioner.plugins.resources import Call, Checked, Created, Difference, Found, ResourceType
+from provisioner.plugins.machineuse.inputs import ClaimInputs
+from provisioner.plugins.machineuse.shared import MachineuseResource
+from provisioner.plugins.resources import Call, Checked, Created, Difference, Found
 from provisioner.plugins.values import Properties, has_unknowns
 
-TYPE = "machineuse:index:Claim"
 
-
-class ClaimType(ResourceType):
+class ClaimType(MachineuseResource):
     """Refuses every ledger but the first."""
+
+    model = ClaimInputs
 
     def check(self, call: Call, *, olds: Properties, news: Properties) -> Checked:
         """Validate the inputs; raises `LedgerMismatch` when the stack belongs to another ledger."""
-        del call
         old, new = olds.get("ledgerId"), news.get("ledgerId")
         if old and old != new and not has_unknowns(new):
             raise LedgerMismatch(
                 f"This stack belongs to the ledger {old}, and the one at hand is {new}.",
                 resolution="Set MACHINEUSE_DATA_DIR to the data directory of the service that runs this cluster.",
             )
-        return check(ClaimInputs, news)
+        return super().check(call, olds=olds, news=news)
 
     def diff(
         self, call: Call, *, id: str, old_inputs: Properties, old_outputs: Properties, news: Properties

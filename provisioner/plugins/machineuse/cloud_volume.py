@@ -10,9 +10,10 @@ from typing import ClassVar
 
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.errors import CloudConflict, CloudError, CloudMissing, InvalidRequest, StillWanted
-from provisioner.plugins.machineuse.inputs import CloudVolumeInputs, check, parse
-from provisioner.plugins.policy import DeletePolicy
-from provisioner.plugins.resources import Call, Checked, Created, Difference, Found, ResourceType
+from provisioner.plugins.machineuse.inputs import CloudVolumeInputs, parse
+from provisioner.plugins.machineuse.shared import MachineuseResource
+from provisioner.plugins.policy import DeleteDecision, DeletePolicy
+from provisioner.plugins.resources import Call, Created, Difference, Found
 from provisioner.plugins.values import Properties
 from provisioner.snapshots.manifest import SnapshotId
 from provisioner.snapshots.store import SnapshotStore
@@ -22,12 +23,11 @@ from provisioner.volumes.devices import NodeDevices
 from stacks.names import URN_LABEL
 from stacks.spec import CloudIdentity
 
-TYPE = "machineuse:index:CloudVolume"
 
-
-class CloudVolumeType(ResourceType):
+class CloudVolumeType(MachineuseResource):
     """Makes, adopts and removes cloud volumes."""
 
+    model = CloudVolumeInputs
     computed: ClassVar[frozenset[str]] = frozenset({"device", "volumeId"})
 
     def __init__(self, *, store: SnapshotStore, hosts: DockerHosts, policy: DeletePolicy, regions: Regions) -> None:
@@ -35,11 +35,6 @@ class CloudVolumeType(ResourceType):
         self._hosts = hosts
         self._policy = policy
         self._regions = regions
-
-    def check(self, call: Call, *, olds: Properties, news: Properties) -> Checked:
-        """Validate the inputs."""
-        del call, olds
-        return check(CloudVolumeInputs, news)
 
     def diff(
         self, call: Call, *, id: str, old_inputs: Properties, old_outputs: Properties, news: Properties
@@ -89,13 +84,6 @@ class CloudVolumeType(ResourceType):
             return None
         return None if volume.gone else Found(id=id, inputs=inputs, outputs=outputs)
 
-    def update(
-        self, call: Call, *, id: str, old_inputs: Properties, old_outputs: Properties, news: Properties
-    ) -> Properties:
-        """Take over new inputs; there is nothing to do for them."""
-        del call, id, old_inputs
-        return old_outputs | news
-
     def delete(self, call: Call, *, id: str, inputs: Properties, outputs: Properties) -> None:
         """Detach and delete the volume, and half-made ones of the same instance.
 
@@ -106,14 +94,18 @@ class CloudVolumeType(ResourceType):
         """
         gone = parse(CloudVolumeInputs, outputs | inputs)
         owner = _owner(gone, urn=call.urn)
-        decision = self._policy.check_delete(
-            urn=call.urn, labels=owner.all_tags, kind="cloud_volume", replacing=call.replacing
-        )
+
+        def ask() -> DeleteDecision:
+            return self._policy.check_delete(
+                urn=call.urn, labels=owner.all_tags, kind="cloud_volume", replacing=call.replacing
+            )
+
+        decision = ask()
         if not decision.allowed:
             raise StillWanted(decision.reason or f"Volume {id} is still wanted.", detail=f"{URN_LABEL}={call.urn}")
         try:
             work = VolumeWork(self._regions.of(_region(gone)), progress=call.progress)
-            work.release(owner, force=decision.force)
+            work.release(owner, force=decision.force, allowed=lambda: ask().allowed)
             work.remove(id)
         except CloudError as error:
             if not decision.force:

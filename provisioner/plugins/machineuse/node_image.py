@@ -11,27 +11,22 @@ from typing import ClassVar
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.docker_hosts.images import find_image
 from provisioner.docker_hosts.transfers import bring_image
-from provisioner.plugins.machineuse.inputs import NodeImageInputs, check, differ, parse
+from provisioner.plugins.machineuse.inputs import NodeImageInputs, differ, parse
+from provisioner.plugins.machineuse.shared import MachineuseResource
 from provisioner.plugins.policy import DeletePolicy
-from provisioner.plugins.resources import Call, Checked, Created, Difference, Found, ResourceType
+from provisioner.plugins.resources import Call, Created, Difference, Found
 from provisioner.plugins.values import Properties
 
-TYPE = "machineuse:index:NodeImage"
 
-
-class NodeImageType(ResourceType):
+class NodeImageType(MachineuseResource):
     """Brings images to nodes."""
 
+    model = NodeImageInputs
     computed: ClassVar[frozenset[str]] = frozenset({"imageId"})
 
     def __init__(self, *, hosts: DockerHosts, policy: DeletePolicy) -> None:
         self._hosts = hosts
         self._policy = policy
-
-    def check(self, call: Call, *, olds: Properties, news: Properties) -> Checked:
-        """Validate the inputs."""
-        del call, olds
-        return check(NodeImageInputs, news)
 
     def diff(
         self, call: Call, *, id: str, old_inputs: Properties, old_outputs: Properties, news: Properties
@@ -64,13 +59,6 @@ class NodeImageType(ResourceType):
         if find_image(wanted.host(self._hosts), wanted.image) is None:
             return None
         return Found(id=id, inputs=inputs, outputs=outputs)
-
-    def update(
-        self, call: Call, *, id: str, old_inputs: Properties, old_outputs: Properties, news: Properties
-    ) -> Properties:
-        """Take over new inputs; there is nothing to do for them."""
-        del call, id, old_inputs
-        return old_outputs | news
 
     def delete(self, call: Call, *, id: str, inputs: Properties, outputs: Properties) -> None:
         """Remove nothing."""

@@ -11,33 +11,29 @@ from typing import ClassVar
 from provisioner.docker_hosts.archives import DockerMachine
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.errors import NodeUnreachable
-from provisioner.plugins.machineuse.inputs import RestoreInputs, check, differ, parse
+from provisioner.plugins.machineuse.inputs import RestoreInputs, differ, parse
+from provisioner.plugins.machineuse.shared import MachineuseResource
 from provisioner.plugins.policy import DeletePolicy
-from provisioner.plugins.resources import Call, Checked, Created, Difference, Found, ResourceType
+from provisioner.plugins.resources import Call, Created, Difference, Found
 from provisioner.plugins.values import Properties
 from provisioner.snapshots.machine import Volumes
 from provisioner.snapshots.restore import RestoreRequest, restore, restored_tag
 from provisioner.snapshots.store import SnapshotStore
 from stacks.names import CLUSTER_LABEL, INSTANCE_LABEL, LEDGER_LABEL
 
-TYPE = "machineuse:index:Restore"
 _ANY_HOME = "/home/machine"
 
 
-class RestoreType(ResourceType):
+class RestoreType(MachineuseResource):
     """Restores snapshots."""
 
+    model = RestoreInputs
     computed: ClassVar[frozenset[str]] = frozenset({"methodUsed", "fallbackReason", "bytes"})
 
     def __init__(self, *, store: SnapshotStore, hosts: DockerHosts, policy: DeletePolicy) -> None:
         self._store = store
         self._hosts = hosts
         self._policy = policy
-
-    def check(self, call: Call, *, olds: Properties, news: Properties) -> Checked:
-        """Validate the inputs."""
-        del call, olds
-        return check(RestoreInputs, news)
 
     def diff(
         self, call: Call, *, id: str, old_inputs: Properties, old_outputs: Properties, news: Properties

@@ -10,6 +10,7 @@ from provisioner.plugins.machineuse import claim, cloud_volume, node_image, rest
 from provisioner.plugins.policy import DeletePolicy
 from provisioner.snapshots.store import SnapshotStore
 from provisioner.volumes.cloud import Regions
+from stacks.names import CLAIM_TYPE, CLOUD_VOLUME_TYPE, NODE_IMAGE_TYPE, RESTORE_TYPE, SNAPSHOT_TYPE
 
 
 class MachineusePlugin(PluginServicer):
@@ -29,13 +30,13 @@ class MachineusePlugin(PluginServicer):
     ) -> None:
         super().__init__(
             {
-                snapshot.TYPE: snapshot.SnapshotType(store=store, hosts=hosts, policy=policy, regions=regions),
-                restore.TYPE: restore.RestoreType(store=store, hosts=hosts, policy=policy),
-                node_image.TYPE: node_image.NodeImageType(hosts=hosts, policy=policy),
-                cloud_volume.TYPE: cloud_volume.CloudVolumeType(
+                SNAPSHOT_TYPE: snapshot.SnapshotType(store=store, hosts=hosts, policy=policy, regions=regions),
+                RESTORE_TYPE: restore.RestoreType(store=store, hosts=hosts, policy=policy),
+                NODE_IMAGE_TYPE: node_image.NodeImageType(hosts=hosts, policy=policy),
+                CLOUD_VOLUME_TYPE: cloud_volume.CloudVolumeType(
                     store=store, hosts=hosts, policy=policy, regions=regions
                 ),
-                claim.TYPE: claim.ClaimType(),
+                CLAIM_TYPE: claim.ClaimType(),
             },
             engine_address=engine_address,
         )

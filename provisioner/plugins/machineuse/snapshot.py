@@ -21,9 +21,10 @@ from provisioner.errors import (
     SnapshotMissing,
     StillWanted,
 )
-from provisioner.plugins.machineuse.inputs import SnapshotInputs, check, differ, parse
+from provisioner.plugins.machineuse.inputs import SnapshotInputs, differ, parse
+from provisioner.plugins.machineuse.shared import MachineuseResource
 from provisioner.plugins.policy import DeleteDecision, DeletePolicy
-from provisioner.plugins.resources import Call, Checked, Created, Difference, Found, ResourceType
+from provisioner.plugins.resources import Call, Created, Difference, Found
 from provisioner.plugins.values import Properties
 from provisioner.snapshots.capture import Capture, CaptureRequest, CaptureResult
 from provisioner.snapshots.machine import Volumes
@@ -35,13 +36,13 @@ from provisioner.volumes.cloud_snapshot import SnapshotWork
 from provisioner.volumes.devices import NodeDevices
 from stacks.names import CLUSTER_LABEL, INSTANCE_LABEL, LEDGER_LABEL, URN_LABEL
 
-TYPE = "machineuse:index:Snapshot"
 _GENERATION_LABEL = "machineuse.generation"
 
 
-class SnapshotType(ResourceType):
+class SnapshotType(MachineuseResource):
     """Takes, finds and removes snapshots."""
 
+    model = SnapshotInputs
     computed: ClassVar[frozenset[str]] = frozenset(
         {
             "manifestSha256",
@@ -61,11 +62,6 @@ class SnapshotType(ResourceType):
         self._store = store
         self._hosts = hosts
         self._policy = policy
-
-    def check(self, call: Call, *, olds: Properties, news: Properties) -> Checked:
-        """Validate the inputs and fill in defaults."""
-        del call, olds
-        return check(SnapshotInputs, news)
 
     def diff(
         self, call: Call, *, id: str, old_inputs: Properties, old_outputs: Properties, news: Properties
@@ -120,13 +116,6 @@ class SnapshotType(ResourceType):
             call.warn(error.explain())
         return Found(id=id, inputs=inputs, outputs=outputs)
 
-    def update(
-        self, call: Call, *, id: str, old_inputs: Properties, old_outputs: Properties, news: Properties
-    ) -> Properties:
-        """Take over new inputs; there is nothing to do for them."""
-        del call, id, old_inputs
-        return old_outputs | news
-
     def delete(self, call: Call, *, id: str, inputs: Properties, outputs: Properties) -> None:
         """Remove the quick copy, the restored image, the cloud's snapshot and the archive.
 
@@ -148,7 +137,7 @@ class SnapshotType(ResourceType):
         )
         decision = self._policy.check_delete(urn=call.urn, labels=labels, kind="snapshot", replacing=call.replacing)
         if not decision.allowed:
-            raise StillWanted(decision.reason)
+            raise StillWanted(decision.reason or f"Snapshot {gone.snapshot} is still wanted.", detail=call.urn)
         if gone.docker_host:
             self._clear_node(call, gone, decision=decision)
         try:

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from pydantic import SecretStr
 
 from provisioner import lifecycle
+from provisioner.changes import Changes
+from provisioner.cluster import Cluster
 from provisioner.errors import NoCapacity
+from provisioner.ledger import Ledger
 from provisioner.ledger.records import NodeStatus
-from provisioner.service import CreateRequest
+from provisioner.service import CreateRequest, InstanceService
+from provisioner.settings import Settings
 from stacks.spec import DEFAULT_IMAGE, Availability, ClusterSpec, NodeSpec, PortRange
-from tests.unit.api.conftest import GIB, FakeServices
+from tests.support.watched import wait_until
+from tests.unit.api.conftest import GIB, FakeCatalogue, FakeServices
 
 Json = dict[str, Any]
+TINY = CreateRequest(
+    image=DEFAULT_IMAGE, memory_gb=0.0625, cpu_cores=1, disk_gb=1, idle_timeout_minutes=0, auto_snapshot=False
+)
+PAIR = ("one service", "another")
+TIGHT = (NodeSpec(id="a", max_instances=12), NodeSpec(id="b", ports=PortRange(first=21000, last=21015)))
 
 
 def build_cluster(services: FakeServices, *nodes: NodeSpec) -> None:
@@ -100,6 +113,16 @@ def test_a_preference_that_does_not_fit_is_told_of_in_the_events(services: FakeS
     assert "on node b (node a, which is preferred: offline)" in events(client, created["id"])
 
 
+def test_a_node_that_another_service_knows_to_be_closed_gets_nothing(
+    services: FakeServices, client: TestClient
+) -> None:
+    a, b = services.cluster.nodes
+    services.ledger.nodes.sync([a.model_copy(update={"availability": Availability.CORDONED}), b])
+    assert {create(client)["node_id"] for _ in range(4)} == {"b"}
+    answer = client.post("/v2/instances", json={"node_preference": "a", "node_strict": True})
+    assert (answer.status_code, "node a: cordoned" in answer.json()["detail"]) == (503, True)
+
+
 def test_a_strict_preference_that_does_not_fit_is_503(client: TestClient) -> None:
     small = {"config": {"memory_gb": 75}, "node_preference": "a", "node_strict": True}
     assert create(client, **small)["node_id"] == "a"
@@ -169,21 +192,50 @@ def test_a_node_shows_what_it_is_and_what_it_promised(services: FakeServices, cl
     assert client.get("/v2/nodes/b").json()["reservable"] is None
 
 
+def place_many(location: Path | SecretStr, *, name: str, count: int) -> list[str]:
+    """Create instances one after the other, as a service on this ledger does; return their nodes, or "none".
+
+    Begins when both services are there.
+    """
+    ledger = Ledger.open(location)
+    spec = ClusterSpec(name="test", nodes=TIGHT)
+    service = InstanceService(
+        ledger,
+        cluster=Cluster(spec),
+        settings=Settings(),
+        catalogue=FakeCatalogue(),  # type: ignore[arg-type]
+        changes=Changes(),
+        port_free=lambda *_: True,
+    )
+    ledger.write_fact(name, "ready")
+    wait_until(lambda: all(ledger.fact(each) for each in PAIR), what="the other one is there")
+    found = []
+    for _ in range(count):
+        try:
+            found.append(service.create(TINY).node_id)
+        except NoCapacity:
+            found.append("none")
+    ledger.close()
+    return found
+
+
+def test_services_of_the_same_moment_never_give_one_place_or_port_twice(services: FakeServices) -> None:
+    build_cluster(services, *TIGHT)
+    with ProcessPoolExecutor(max_workers=2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        both = [pool.submit(place_many, services.ledger.location, name=name, count=20) for name in PAIR]
+        found = Counter(node_id for one in both for node_id in one.result(timeout=60))
+    assert found == {"a": 12, "b": 8, "none": 20}
+    ports = [(r.node_id, port) for r in services.ledger.instances.all() for port in (r.debug_port, r.stream_port)]
+    assert len(set(ports)) == len(ports) == 40
+
+
 def test_callers_of_the_same_moment_never_get_one_place_or_port_twice(services: FakeServices) -> None:
     few = PortRange(first=21000, last=21005)
     build_cluster(services, NodeSpec(id="a", max_instances=2), NodeSpec(id="b", ports=few))
-    request = CreateRequest(
-        image=DEFAULT_IMAGE,
-        memory_gb=0.125,
-        cpu_cores=1,
-        disk_gb=1,
-        idle_timeout_minutes=0,
-        auto_snapshot=False,
-    )
 
     def create_one(_: int) -> str:
         try:
-            return services.instances.create(request).node_id
+            return services.instances.create(TINY).node_id
         except NoCapacity:
             return "none"
 

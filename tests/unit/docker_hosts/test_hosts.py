@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -53,9 +54,11 @@ def engine(answers: Answers) -> Iterator[DockerHost]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    host = DockerHost(f"tcp://127.0.0.1:{server.server_port}", timeout_s=2)
     try:
-        yield DockerHost(f"tcp://127.0.0.1:{server.server_port}", timeout_s=2)
+        yield host
     finally:
+        host.close()
         server.shutdown()
         server.server_close()
 
@@ -170,10 +173,13 @@ def test_removing_what_is_gone_is_a_success() -> None:
 def test_removing_what_is_being_removed_waits_for_it() -> None:
     answers: Answers = {
         "/containers/x": (409, "removal of container x is already in progress"),
-        "/containers/x/json": (404, "No such container: x"),
+        "/containers/x/json": (200, "{}"),
     }
-    with engine(answers) as host:
-        remove_container(host, "x", kill=True)
+    with engine(answers) as host, ThreadPoolExecutor() as pool:
+        removal = pool.submit(remove_container, host, "x", kill=True)
+        assert not wait([removal], timeout=0.5).done
+        answers["/containers/x/json"] = (404, "No such container: x")
+        removal.result(timeout=10)
 
 
 def test_a_registrys_refusal_is_an_unknown_image() -> None:

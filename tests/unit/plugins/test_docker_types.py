@@ -17,6 +17,7 @@ from provisioner.plugins.policy import RefuseWithoutLedger
 from provisioner.plugins.resources import Call, Change, ChangeKind, Checked, Difference
 from provisioner.plugins.sessions import Session
 from provisioner.plugins.values import UNKNOWN
+from stacks.names import CONTAINER_TYPE, NETWORK_TYPE, VOLUME_TYPE
 
 OFFICIAL = {
     one["type"]: one
@@ -24,11 +25,11 @@ OFFICIAL = {
 }
 CALL = Call(urn="urn:pulumi:c1::machineuse::docker::x", name="x", config={}, session=Session(""))
 TYPES = {
-    containers.TOKEN: containers.ContainerType(DockerHosts(), RefuseWithoutLedger()),
-    volumes.TOKEN: volumes.VolumeType(DockerHosts(), RefuseWithoutLedger()),
-    networks.TOKEN: networks.NetworkType(DockerHosts(), RefuseWithoutLedger()),
+    CONTAINER_TYPE: containers.ContainerType(DockerHosts(), RefuseWithoutLedger()),
+    VOLUME_TYPE: volumes.VolumeType(DockerHosts(), RefuseWithoutLedger()),
+    NETWORK_TYPE: networks.NetworkType(DockerHosts(), RefuseWithoutLedger()),
 }
-CONTAINER = OFFICIAL[containers.TOKEN]
+CONTAINER = OFFICIAL[CONTAINER_TYPE]
 
 
 def program_inputs(inputs: Any) -> Any:
@@ -56,14 +57,14 @@ def diff(token: str, news: dict[str, Any], **outputs: Any) -> Difference:
     )
 
 
-@pytest.mark.parametrize("token", [containers.TOKEN, volumes.TOKEN])
+@pytest.mark.parametrize("token", [CONTAINER_TYPE, VOLUME_TYPE])
 def test_check_fills_in_the_defaults_that_the_official_plugin_fills_in(token: str) -> None:
     checked = check(token, program_inputs(OFFICIAL[token]["inputs"]))
     assert checked.failures == ()
     assert checked.inputs == OFFICIAL[token]["inputs"]
 
 
-@pytest.mark.parametrize("token", [containers.TOKEN, volumes.TOKEN])
+@pytest.mark.parametrize("token", [CONTAINER_TYPE, VOLUME_TYPE])
 def test_the_officials_state_needs_no_change(token: str) -> None:
     assert diff(token, program_inputs(OFFICIAL[token]["inputs"])).changes == {}
 
@@ -71,7 +72,7 @@ def test_the_officials_state_needs_no_change(token: str) -> None:
 @pytest.mark.parametrize("empty", [None, [], {}])
 def test_null_and_empty_are_the_same(empty: Any) -> None:
     nothing = {key: empty for key, value in CONTAINER["outputs"].items() if value in (None, [], {})}
-    assert diff(containers.TOKEN, program_inputs(CONTAINER["inputs"]), **nothing).changes == {}
+    assert diff(CONTAINER_TYPE, program_inputs(CONTAINER["inputs"]), **nothing).changes == {}
 
 
 @pytest.mark.parametrize(
@@ -93,7 +94,7 @@ def test_null_and_empty_are_the_same(empty: Any) -> None:
     ],
 )
 def test_a_changed_input_is_an_update_or_a_replacement(change: dict[str, Any], replace: bool) -> None:
-    difference = diff(containers.TOKEN, program_inputs(CONTAINER["inputs"]) | change)
+    difference = diff(CONTAINER_TYPE, program_inputs(CONTAINER["inputs"]) | change)
     assert set(difference.changes) == set(change)
     assert {one.replace for one in difference.changes.values()} == {replace}
     assert difference.delete_before_replace
@@ -109,22 +110,22 @@ def test_a_changed_input_is_an_update_or_a_replacement(change: dict[str, Any], r
     ],
 )
 def test_the_same_in_other_words_is_no_change(same: dict[str, Any]) -> None:
-    assert diff(containers.TOKEN, program_inputs(CONTAINER["inputs"]) | same).changes == {}
+    assert diff(CONTAINER_TYPE, program_inputs(CONTAINER["inputs"]) | same).changes == {}
 
 
 def test_an_input_that_the_program_dropped_is_a_replacement() -> None:
     inputs = program_inputs(CONTAINER["inputs"])
     del inputs["memory"]
-    assert diff(containers.TOKEN, inputs).changes == {"memory": Change(ChangeKind.DELETE, replace=True)}
+    assert diff(CONTAINER_TYPE, inputs).changes == {"memory": Change(ChangeKind.DELETE, replace=True)}
 
 
 def test_what_the_program_never_said_is_left_alone() -> None:
     inputs = program_inputs(CONTAINER["inputs"])
-    assert diff(containers.TOKEN, inputs, hostname="other", user="0:0", stopSignal="SIGINT").changes == {}
+    assert diff(CONTAINER_TYPE, inputs, hostname="other", user="0:0", stopSignal="SIGINT").changes == {}
 
 
 def test_a_container_that_stopped_is_started_in_place() -> None:
-    stopped = diff(containers.TOKEN, program_inputs(CONTAINER["inputs"]), mustRun=False, exitCode=1)
+    stopped = diff(CONTAINER_TYPE, program_inputs(CONTAINER["inputs"]), mustRun=False, exitCode=1)
     assert stopped.changes == {"mustRun": Change(ChangeKind.UPDATE, replace=False)}
 
 
@@ -145,14 +146,14 @@ def test_a_container_that_stopped_is_started_in_place() -> None:
     ],
 )
 def test_check_names_the_input_that_does_not_fit(wrong: dict[str, Any], named: str) -> None:
-    failures = check(containers.TOKEN, program_inputs(CONTAINER["inputs"]) | wrong).failures
+    failures = check(CONTAINER_TYPE, program_inputs(CONTAINER["inputs"]) | wrong).failures
     assert [one.property for one in failures] == [named]
     assert named in failures[0].reason
 
 
 def test_check_lets_pass_what_only_an_update_can_tell() -> None:
     news = program_inputs(CONTAINER["inputs"]) | {"image": UNKNOWN, "mounts": [{"source": UNKNOWN}]}
-    assert check(containers.TOKEN, news).failures == ()
+    assert check(CONTAINER_TYPE, news).failures == ()
 
 
 def test_the_api_is_asked_for_exactly_the_limits() -> None:
@@ -228,10 +229,10 @@ def test_drift_ends_the_officials_private_notes_about_the_record() -> None:
 
 
 def test_a_network_is_named_and_gets_dockers_own_address_management() -> None:
-    checked = check(networks.TOKEN, {"name": "machineuse-c1", "driver": "bridge"})
+    checked = check(NETWORK_TYPE, {"name": "machineuse-c1", "driver": "bridge"})
     assert checked.inputs["ipamDriver"] == "default"
     assert checked.inputs["__defaults"] == ["ipamDriver"]
-    assert [one.property for one in check(networks.TOKEN, {"ipv6": True}).failures] == ["ipv6", "name"]
+    assert [one.property for one in check(NETWORK_TYPE, {"ipv6": True}).failures] == ["ipv6", "name"]
 
 
 @pytest.mark.parametrize(

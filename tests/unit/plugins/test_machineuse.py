@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,11 @@ from provisioner.plugins.sessions import Session
 from provisioner.plugins.values import UNKNOWN
 from provisioner.snapshots.directory import DirectoryStore
 from provisioner.snapshots.keyfile import KeyFile
-from provisioner.snapshots.manifest import ImageIdentity, Manifest, Part, PartName, SnapshotId
+from provisioner.snapshots.manifest import PartName, SnapshotId
 from provisioner.snapshots.sealing import Sealing
 from provisioner.snapshots.tars import write_part
 from provisioner.volumes.ec2 import Ec2Options, Ec2Regions
+from tests.support.manifests import make_manifest
 
 DEAD_NODE = "tcp://127.0.0.1:1"
 SNAPSHOT = SnapshotId(instance_id="mu-1", generation=2)
@@ -76,25 +76,8 @@ def store(tmp_path: Path) -> DirectoryStore:
     writer = store.begin(SNAPSHOT)
     with writer.part(PartName.HOME) as sink:
         part = write_part([bytes(1024)], sink, name=PartName.HOME)
-    writer.commit(make_manifest(part))
+    writer.commit(make_manifest(generation=2, parts=(part,)))
     return store
-
-
-def make_manifest(part: Part) -> Manifest:
-    return Manifest(
-        instance_id="mu-1",
-        cluster="local",
-        generation=2,
-        created_at=datetime(2026, 1, 1, tzinfo=UTC),
-        node_id="local",
-        image=ImageIdentity(reference="browser", id="sha256:1"),
-        home_path="/home/machine",
-        stopped_cleanly=True,
-        container_id="c",
-        run_started_at=None,
-        parts=(part,),
-        changed_paths=0,
-    )
 
 
 def snapshots(store: DirectoryStore, decision: DeleteDecision) -> tuple[SnapshotType, Policy]:
@@ -118,7 +101,7 @@ def test_a_snapshot_whose_key_is_missing_is_still_there(tmp_path: Path, call: Ca
     writer = DirectoryStore(tmp_path / "store", sealing=Sealing(keys)).begin(SNAPSHOT)
     with writer.part(PartName.HOME) as sink:
         part = write_part([bytes(1024)], sink, name=PartName.HOME, seal=writer.sealer().seal)
-    writer.commit(writer.sealer().seal_manifest(make_manifest(part)))
+    writer.commit(writer.sealer().seal_manifest(make_manifest(generation=2, parts=(part,))))
     kind, _ = snapshots(DirectoryStore(tmp_path / "store"), DeleteDecision(allowed=True))
     assert kind.read(call, id="mu-1/2", inputs=INPUTS, outputs=INPUTS) is not None
 

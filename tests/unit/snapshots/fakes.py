@@ -155,9 +155,11 @@ class FakeMachine:
         if not self.volume(volumes.home).exists():
             raise DockerNotFound(f"no volume {volumes.home}")
         mark = self.volume(volumes.home) / MARK_NAME
+        users = {name: each for name, each in self.containers.items() if each.volume == volumes.home}
         return HomeFacts(
             mark=mark.read_text() if mark.exists() else None,
-            used_by={name: each.instance for name, each in self.containers.items() if each.volume == volumes.home},
+            used_by={name: each.instance for name, each in users.items()},
+            ran=frozenset(name for name, each in users.items() if each.starts),
         )
 
     def fill_home(self, volumes: Volumes, *, stamp: str, mark: str) -> str | None:
@@ -263,6 +265,26 @@ class Trouble:
         finally:
             if number == self.at:
                 raise self.error()
+
+
+class Frozen(Trouble):
+    """Something else happens before one of the calls, as if whoever makes it had been frozen meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._meanwhile: Callable[[], None] = lambda: None
+
+    def plan_freeze(self, at: int, meanwhile: Callable[[], None]) -> None:
+        """Let `meanwhile` happen before call number `at`, counted from 0."""
+        self.calls, self.names = 0, []
+        self.freeze_at, self._meanwhile = at, meanwhile
+
+    def around(self, name: str, call: Callable[[], Any]) -> Any:
+        number, self.calls = self.calls, self.calls + 1
+        self.names.append(name)
+        if number == self.freeze_at:
+            self._meanwhile()
+        return call()
 
 
 class _Troubled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from provisioner.snapshots.mark import Method
 from provisioner.snapshots.restore import restore
 from provisioner.snapshots.store import verify_snapshot
 from tests.unit.snapshots.conftest import PLAIN_AND_ENCRYPTED, SNAPSHOT, Scene
-from tests.unit.snapshots.fakes import Killed, Trouble, content
+from tests.unit.snapshots.fakes import Frozen, Killed, Trouble, content
 
 CALLS = 40
 """More calls than a capture makes."""
@@ -111,6 +112,37 @@ def test_failing_at_any_call_it_leaves_the_instance_running_and_nothing_behind(
         if trouble.calls <= at:
             break
         assert result.copy_error == "Something is broken.", trouble.names[at]  # the one step that may fail
+        scene.store.delete(SNAPSHOT)
+        scene.machine.start_container("browser-1")
+    else:
+        pytest.fail("more calls than expected")
+
+
+@PLAIN_AND_ENCRYPTED
+@pytest.mark.parametrize("gone", [False, True])
+def test_frozen_at_any_call_while_another_takes_the_snapshot_it_does_no_harm(scene: Scene, gone: bool) -> None:
+    trouble = Frozen()
+    for at in range(CALLS):
+        container = scene.machine.containers["browser-1"]
+
+        def meanwhile() -> None:
+            take(scene)
+            if gone:  # and the instance is asleep
+                del scene.machine.containers["browser-1"]
+                scene.home.rename(scene.home.with_name("gone"))
+
+        trouble.plan_freeze(at, meanwhile)
+        with contextlib.suppress(SnapshotFailed):
+            take(scene, trouble)
+        if trouble.calls <= at:
+            break
+        if gone:
+            scene.home.with_name("gone").rename(scene.home)
+            scene.machine.containers["browser-1"] = container
+        verify_snapshot(scene.store, scene.store.read_manifest(SNAPSHOT))
+        restore(scene.restore(Method.FULL_RESTORE), machine=scene.machine, store=scene.store)
+        assert content(scene.machine.volume("new-home"))["notes.txt"] == "kept"
+        assert not list(scene.store_root.rglob("*.tmp"))
         scene.store.delete(SNAPSHOT)
         scene.machine.start_container("browser-1")
     else:

@@ -7,16 +7,17 @@ import io
 import os
 import stat
 import tarfile
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
 from provisioner.errors import SnapshotCorrupt, SnapshotFailed, SnapshotMissing
 from provisioner.snapshots.directory import DirectoryStore
-from provisioner.snapshots.manifest import ImageIdentity, Manifest, PartName, SnapshotId
+from provisioner.snapshots.manifest import Manifest, PartName, SnapshotId
 from provisioner.snapshots.store import SnapshotWriter, verify_snapshot
 from provisioner.snapshots.tars import write_part
+from tests.support.manifests import make_manifest
 
 
 @pytest.fixture
@@ -43,21 +44,7 @@ def write(store: DirectoryStore, generation: int = 1, text: str = "text") -> tup
     writer = store.begin(snapshot)
     with writer.part(PartName.HOME) as sink:
         part = write_part([one_file_tar(text)], sink, name=PartName.HOME)
-    manifest = Manifest(
-        instance_id="mu-1",
-        cluster="local",
-        generation=generation,
-        created_at=datetime(2026, 1, 1, tzinfo=UTC),
-        node_id="local",
-        image=ImageIdentity(reference="browser", id="sha256:1"),
-        home_path="/home/machine",
-        stopped_cleanly=True,
-        container_id="c",
-        run_started_at=None,
-        parts=(part,),
-        changed_paths=0,
-    )
-    return writer, manifest
+    return writer, make_manifest(generation=generation, parts=(part,))
 
 
 def keep(store: DirectoryStore, generation: int = 1) -> Manifest:
@@ -70,6 +57,14 @@ def test_what_was_committed_can_be_read_and_verified(store: DirectoryStore) -> N
     manifest = keep(store)
     assert store.read_manifest(manifest.id) == manifest
     verify_snapshot(store, manifest)
+
+
+def test_a_directory_that_can_not_be_read_is_no_empty_one(store: DirectoryStore, root: Path) -> None:
+    root.mkdir(parents=True)
+    (root / "mu-1").symlink_to("mu-1")  # round and round: like a file system that is away, for root too
+    for use in (lambda: store.list("mu-1"), lambda: store.clean_up(older_than=timedelta())):
+        with pytest.raises(SnapshotFailed, match="mu-1 can't be read"):
+            use()
 
 
 def test_nobody_else_can_read_it(store: DirectoryStore, root: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,38 @@ def test_what_the_wrapping_raises_is_raised(tmp_path: Path) -> None:
     assert not (tmp_path / "other.json").exists()
 
 
+class Interrupted(Xor):
+    """Somebody else does something to the file before this one writes it."""
+
+    def __init__(self, meanwhile: Callable[[], object]) -> None:
+        super().__init__()
+        self.meanwhile = meanwhile
+
+    def encrypt(self, data: bytes, context: bytes) -> bytes:
+        self.meanwhile()
+        return super().encrypt(data, context)
+
+
+def test_of_two_that_make_a_file_at_once_one_is_told(tmp_path: Path) -> None:
+    other = KeyFile(tmp_path / "keys.json", wrapping=Xor())
+    with pytest.raises(SettingsError, match="never overwritten"):
+        KeyFile(other.path, wrapping=Interrupted(other.create)).create()
+    assert len(other.load().ids) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["keys.json"]
+
+
+@pytest.mark.parametrize("change", ["rotate", "drop"])
+def test_of_two_that_change_a_file_at_once_no_key_is_lost(tmp_path: Path, change: str) -> None:
+    other = KeyFile(tmp_path / "keys.json", wrapping=Xor())
+    first = other.create()
+    other.rotate()
+    late = KeyFile(other.path, wrapping=Interrupted(other.rotate))
+    with pytest.raises(SettingsError, match="has been changed meanwhile"):
+        late.rotate() if change == "rotate" else late.drop(first.primary_id)
+    assert len(other.load().ids) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["keys.json"]
+
+
 # -- the setting
 
 
@@ -168,6 +201,7 @@ def test_the_default_file_is_in_the_data_directory_and_a_path_is_the_projects(tm
         "aws-kms://alias/x",
         "aws-kms://arn:aws:s3:eu-west-1:1:key/x",
         "aws-kms://arn:aws:kms:eu-west-1:1:key/x?sekret=1",
+        "aws-kms://arn:aws:kms:eu-west-1:1:key/x?file=",
     ],
 )
 def test_a_setting_that_can_not_be_right_is_refused_at_once(tmp_path: Path, value: str) -> None:

@@ -158,6 +158,13 @@ def test_a_volume_that_the_instance_uses_is_never_written_to(asleep: Scene) -> N
     assert content(home)["notes.txt"] == "written since"
 
 
+def test_a_container_that_never_ran_does_not_prove_that_its_home_was_restored(asleep: Scene) -> None:
+    request = asleep.restore(Method.FULL_RESTORE)
+    asleep.machine.add_container("browser-2", volume="new-home", instance=SNAPSHOT.instance_id).starts = 0
+    restore(request, machine=asleep.machine, store=asleep.store)
+    assert content(asleep.machine.volume("new-home")) == kept(asleep)
+
+
 def test_a_volume_that_a_stranger_uses_is_refused(asleep: Scene) -> None:
     request = asleep.restore(Method.FULL_RESTORE)
     asleep.machine.add_container("stranger", volume="new-home", instance="mu-other")

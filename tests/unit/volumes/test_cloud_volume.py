@@ -118,6 +118,21 @@ def test_a_removal_that_is_cut_off_is_finished_by_the_next(*, after: bool) -> No
     assert calls >= 4
 
 
+def test_a_volume_that_a_later_wish_made_meanwhile_is_not_released(cloud: FakeCloud) -> None:
+    earlier = work(cloud).ensure(REQUEST, devices=FakeDevices(cloud, "i-a"))
+    later: list[str] = []
+
+    def be_asked_late() -> bool:
+        later.append(add_volume(cloud, life=2, prepared=True))
+        return True
+
+    assert work(cloud).release(OWNER, allowed=be_asked_late) == 1
+    assert len(later) == 1
+    assert [volume.id for volume in cloud.volumes] == later != [earlier.id]
+    assert work(cloud).release(OWNER, allowed=lambda: False) == 0
+    assert [volume.id for volume in cloud.volumes] == later
+
+
 def test_a_volume_of_a_new_wish_is_never_the_one_that_was_removed(cloud: FakeCloud) -> None:
     devices = FakeDevices(cloud, "i-a")
     first = work(cloud).ensure(REQUEST, devices=devices)
@@ -273,10 +288,22 @@ def test_an_attachment_takes_the_next_name_that_is_free(cloud: FakeCloud) -> Non
     assert {v.attachment.device for v in cloud.volumes if v.attachment} == {"/dev/sdf", "/dev/sdg"}
 
 
-def test_the_wrong_zone_is_told_and_nothing_is_attached(cloud: FakeCloud) -> None:
+@pytest.mark.parametrize(
+    ("machine", "said"),
+    [("i-far", "Machine i-far is in us-east-1b, and its node says us-east-1a"), ("i-none", "no machine i-none in us-")],
+)
+def test_a_machine_that_is_elsewhere_is_told_of_and_no_volume_is_made(
+    cloud: FakeCloud, machine: str, said: str
+) -> None:
+    with pytest.raises(CloudError, match=said):
+        work(cloud).ensure(replace(REQUEST, machine=machine), devices=FakeDevices(cloud, machine))
+    assert cloud.volumes == []
+
+
+def test_a_half_made_volume_in_the_wrong_zone_is_told_and_goes_once_that_is_corrected(cloud: FakeCloud) -> None:
+    add_volume(cloud)
     with pytest.raises(CloudError, match="different zones"):
         work(cloud).ensure(replace(REQUEST, machine="i-far"), devices=FakeDevices(cloud, "i-far"))
-    # Corrected in the cluster's file, by the same wish: the volume in the wrong zone goes.
     corrected = replace(REQUEST, machine="i-far", zone="us-east-1b")
     ready = work(cloud).ensure(corrected, devices=FakeDevices(cloud, "i-far"))
     assert [(v.id, v.zone) for v in cloud.volumes] == [(ready.id, "us-east-1b")]
