@@ -53,7 +53,7 @@ def setup(tests: Annotated[bool, typer.Option(help="Also what the tests need.")]
 
 @app.command()
 def env(data_dir: DataDirOption = None, cluster: ClusterOption = None) -> None:
-    """Print what makes a plain `pulumi` work on the cluster: eval "$(machineuse env)"."""
+    """Print what makes a plain `pulumi` work on the cluster, with the passwords it takes: eval "$(machineuse env)"."""
     for name, value in _pulumi_environment(read_settings(data_dir=data_dir, cluster=cluster)).items():
         typer.echo(f"export {name}={shlex.quote(value)}")
 

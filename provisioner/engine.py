@@ -227,8 +227,13 @@ class Engine:
             text=True,
             start_new_session=True,  # Ctrl-C is for us; we let a running update end
         )
-        with self._lease.running(process.pid, noted=not self._settings.state_is_local):
-            out, err = process.communicate()
+        try:
+            with self._lease.running(process.pid, noted=not self._settings.state_is_local):
+                out, err = process.communicate()
+        except BaseException:  # the ledger could not be told of it: it must not go on, watched by nobody
+            process.kill()
+            process.communicate()
+            raise
         out, err = _without_passwords(out), _without_passwords(err)
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 
@@ -278,7 +283,8 @@ def _ensure_passphrase(settings: Settings) -> None:
 
 
 def _without_passwords(said: str) -> str:
-    return re.sub(r"(\w://[^/\s:@]*):[^/\s@]+@", r"\1:****@", said)
+    said = re.sub(r"(\w://[^/\s:@]*):[^/\s@]+@", r"\1:****@", said)
+    return re.sub(r"([?&](?:ssl)?password=)[^&\s\"']+", r"\1****", said)
 
 
 async def _no_program() -> None:

@@ -46,6 +46,7 @@ class Replica:
         self.cluster = Cluster(read_cluster(settings.project_dir, cluster=settings.cluster))
         self._store = open_store(settings)
         self.ledger = Ledger.create(settings.ledger_location)
+        self.ledger.claim(self.cluster.name)
         self.changes = Changes()
         self._hosts = DockerHosts(base_dir=settings.project_dir, timeout_s=settings.node_timeout_s)
         self.instances = InstanceService(
@@ -111,12 +112,16 @@ class Replica:
     def _run(self) -> None:
         while not self._stopping.is_set():
             try:
-                self._step()
+                try:
+                    self._step()
+                except Exception:  # whatever it is: another one may do better
+                    self._lease.resign()
+                    raise
+            except MachineuseError as error:
+                log.error("not leading", replica=self._lease.name, error=error.message, detail=error.detail)
+                self._stopping.wait(AGAIN_S)
             except Exception as error:  # the outermost frame of the thread: it must survive anything
-                said = error.message if isinstance(error, MachineuseError) else str(error)
-                detail = error.detail if isinstance(error, MachineuseError) else None
-                log.error("not leading", replica=self._lease.name, error=said, detail=detail, exc_info=error)
-                self._lease.resign()
+                log.error("not leading", replica=self._lease.name, error=str(error), exc_info=error)
                 self._stopping.wait(AGAIN_S)
             self._lease.changed.wait(LOOK_S)
             self._lease.changed.clear()
@@ -128,12 +133,13 @@ class Replica:
             if held or (not self._lease.is_sought and self._lease.seek()):
                 self._lead()
         elif not held:
-            log.warning("lease lost", replica=self._lease.name, leader=leader_of(self.ledger))
+            # The ledger is asked nothing until all has ended: it may be the one that does not answer.
+            log.warning("lease lost", replica=self._lease.name)
             control_plane, self._control_plane = self._control_plane, None
             control_plane.abort()
             control_plane.stop()
             self._lease.seek()
-            log.info("following", replica=self._lease.name)
+            log.info("following", replica=self._lease.name, leader=leader_of(self.ledger))
 
     def _follow_file(self) -> None:
         """Read the cluster's file where it has changed: new instances are placed by it. The leader applies it."""

@@ -37,6 +37,7 @@ async def main() -> None:
         raise pulumi.RunError(f"Pulumi.{pulumi.get_stack()}.yaml: {clash[1]}")
     try:
         ledger = Ledger.open(Settings().ledger_location)
+        ledger.check_cluster(spec.name)
     except MachineuseError as error:
         raise pulumi.RunError(error.explain()) from error
     if not pulumi.runtime.is_dry_run() and ledger.fact(APPLIED) != fingerprint(spec):

@@ -16,7 +16,7 @@ from api.intake import Limit, Offset, QueryFlag, require_json
 from api.schemas import CreateInstanceRequest, Instance, InstanceEvent, InstanceList, MessageResponse, ReviveRequest
 from api.services import ServicesDep
 from api.waiting import WaiterDep
-from provisioner.errors import Conflict, NotFound
+from provisioner.errors import Conflict, LedgerUnavailable, NotFound
 from provisioner.ledger.records import InstanceRecord
 from provisioner.service import CreateRequest
 from provisioner.states import Status
@@ -53,12 +53,19 @@ async def create_instance(
             node_strict=wanted.node_strict,
         ),
     )
-    try:
-        became = await waiter.outcome(record) or record
-    except (Conflict, NotFound):
-        became = record  # it was created; that somebody deletes it already is no answer to this call
     response.headers["Location"] = request.url_for("get_instance", instance_id=record.id).path
-    return await _show(services, became)
+    try:
+        try:
+            became = await waiter.outcome(record) or record
+        except (Conflict, NotFound):
+            became = record  # it was created; that somebody deletes it already is no answer to this call
+        return await _show(services, became)
+    except LedgerUnavailable as error:  # without its name, nobody would know whose it is
+        raise LedgerUnavailable(
+            f"Instance {record.id} was created, but the ledger's database does not answer now.",
+            detail=error.detail,
+            resolution="Ask for that instance in a moment, instead of creating another one.",
+        ) from error
 
 
 @router.get(

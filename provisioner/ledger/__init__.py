@@ -16,6 +16,8 @@ from provisioner.ledger.nodes import Nodes
 from provisioner.ledger.postgresql import Listener
 from provisioner.ledger.samples import Samples
 
+_CLUSTER = "cluster"
+
 
 class Ledger:
     """One cluster's ledger: its tables by name, and its id."""
@@ -80,6 +82,21 @@ class Ledger:
                 changed(instance_id)
 
         return Listener(self._database.engine, heard=heard, again=lambda: changed(None))
+
+    def claim(self, cluster: str) -> None:
+        """Note that this is the ledger of that cluster, for ever. Raises LedgerMismatch where it is another one's."""
+        self._database.settle_fact(_CLUSTER, cluster)
+        self.check_cluster(cluster)
+
+    def check_cluster(self, cluster: str) -> None:
+        """Raise LedgerMismatch where this is known to be the ledger of another cluster."""
+        owner = self.fact(_CLUSTER)
+        if owner not in (None, cluster):
+            raise LedgerMismatch(
+                f"The ledger in {self._database.name} is that of cluster '{owner}', and this is cluster '{cluster}'.",
+                resolution="Each cluster has a ledger of its own: set MACHINEUSE_LEDGER or MACHINEUSE_DATA_DIR, or name"
+                " the cluster with MACHINEUSE_CLUSTER.",
+            )
 
     def fact(self, name: str) -> str | None:
         """Return a fact about the cluster that was written down, or None."""

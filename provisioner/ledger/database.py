@@ -20,10 +20,12 @@ import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from pydantic import SecretStr
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as NoConnectionFree
 
-from provisioner.errors import LedgerMismatch, LedgerUnavailable
+from provisioner.errors import LedgerMismatch, LedgerUnavailable, SettingsError
 from provisioner.ledger import postgresql, sqlite, tables
 
 SCHEMA = "0003"
@@ -44,11 +46,12 @@ class Database:
         """Names this process in what it tells the others."""
         self._kind = sqlite if isinstance(location, Path) else postgresql
         if isinstance(location, Path):
-            self.engine = sqlite.make_engine(location)
+            self.engine = self._aside = sqlite.make_engine(location)
             self.name = str(location)
         else:
-            self.engine = postgresql.make_engine(location)
-            self.name = self.engine.url.render_as_string(hide_password=True).replace("+psycopg", "", 1)
+            self.engine = postgresql.make_engine(location, pool=postgresql.POOL)
+            self._aside = postgresql.make_engine(location, pool=postgresql.POOL_ASIDE)
+            self.name = postgresql.name_of(self.engine)
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
@@ -61,14 +64,17 @@ class Database:
             yield connection
 
     @contextmanager
-    def write(self) -> Iterator[sa.Connection]:
+    def write(self, *, schema: bool = False) -> Iterator[sa.Connection]:
         """Give a connection inside a write transaction; commits at the end, rolls back on any error.
+
+        With `schema` it may change tables.
 
         Raises LedgerUnavailable. Whether what was to be committed just then was, is unknown in that case.
         """
+        options = self._kind.MIGRATE if schema else self._kind.WRITE
         with (
             self._told_apart(),
-            self.engine.connect().execution_options(**self._kind.WRITE) as connection,
+            self.engine.connect().execution_options(**options) as connection,
             connection.begin(),
         ):
             self._kind.take_turn(connection)
@@ -76,10 +82,10 @@ class Database:
 
     @contextmanager
     def write_aside(self) -> Iterator[sa.Connection]:
-        """Give a connection for one statement that decides by itself, and must not wait for other writers' turns."""
+        """Give a connection for statements that decide by themselves, and must not wait for other writers' turns."""
         with (
             self._told_apart(),
-            self.engine.connect().execution_options(**self._kind.WRITE) as connection,
+            self._aside.connect().execution_options(**self._kind.ASIDE) as connection,
             connection.begin(),
         ):
             yield connection
@@ -91,13 +97,22 @@ class Database:
     def migrate(self) -> None:
         """Bring the schema to the newest version; does nothing, quickly, when it is there already.
 
-        Of several processes that start at once, one does it and the others wait.
+        Of several processes that start at once, one does it and the others wait. Raises LedgerMismatch where a newer
+        version has made the schema.
         """
         if self.revision() == SCHEMA:
             return
         config = Config()
         config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-        with self.write() as connection:
+        known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+        with self.write(schema=True) as connection:
+            found = MigrationContext.configure(connection).get_current_revision()
+            if found is not None and found not in known:
+                raise LedgerMismatch(
+                    f"The ledger in {self.name} is of a newer Machineuse than this one: its schema is {found}, and"
+                    f" {SCHEMA} is the newest known here.",
+                    resolution="Use that version here too: all services and commands on a ledger are of one version.",
+                )
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
 
@@ -115,12 +130,15 @@ class Database:
 
     def make_id(self) -> str:
         """Give this ledger an id unless it has one; return the id it has."""
+        return self.settle_fact("ledger_id", secrets.token_hex(8))
+
+    def settle_fact(self, name: str, value: str) -> str:
+        """Write down a fact that never changes, unless it is known; return what is known."""
         with self.write() as connection:
-            value = connection.scalar(sa.select(tables.facts.c.value).where(tables.facts.c.name == "ledger_id"))
-            if value is None:
-                value = secrets.token_hex(8)
-                connection.execute(tables.facts.insert().values(name="ledger_id", value=value))
-        return str(value)
+            known = connection.scalar(sa.select(tables.facts.c.value).where(tables.facts.c.name == name))
+            if known is None:
+                connection.execute(tables.facts.insert().values(name=name, value=value))
+        return value if known is None else str(known)
 
     def fact(self, name: str) -> str | None:
         """Return a fact about the cluster that was written down, or None."""
@@ -142,21 +160,33 @@ class Database:
     def close(self) -> None:
         """Close all connections."""
         self.engine.dispose()
+        self._aside.dispose()
 
     @contextmanager
     def _told_apart(self) -> Iterator[None]:
-        """Turn "the server can't be reached" into an error of ours; what else goes wrong is a bug, and stays one."""
+        """Turn "the database can't be used" into an error of ours; what else goes wrong is a bug, and stays one."""
         try:
             yield
+        except NoConnectionFree as error:
+            raise self._unavailable("no connection became free") from error
         except DBAPIError as error:
-            lost = error.connection_invalidated or isinstance(error, OperationalError | InterfaceError)
-            if not (self.is_shared and (lost or postgresql.is_cut_off(error.orig))):
-                raise
-            raise LedgerUnavailable(
-                "The ledger's database does not answer.",
-                detail=f"{self.name}: {_words_of(error)}",
-                resolution="It is tried again by itself; if this stays so, look at the database server.",
-            ) from error
+            if self._kind.is_away(error):
+                raise self._unavailable(_words_of(error)) from error
+            if self._kind.is_forbidden(error):
+                raise SettingsError(
+                    f"The ledger in {self.name} can't be written: this user may not do it.",
+                    detail=_words_of(error),
+                    resolution="Let it own the database or the file.",
+                ) from error
+            raise
+
+    def _unavailable(self, detail: str) -> LedgerUnavailable:
+        where = "the database server" if self.is_shared else "the disk, and at who else uses the file"
+        return LedgerUnavailable(
+            "The ledger's database does not answer.",
+            detail=f"{self.name}: {detail}",
+            resolution=f"It is tried again by itself; if this stays so, look at {where}.",
+        )
 
 
 def _words_of(error: DBAPIError) -> str:

@@ -56,7 +56,7 @@ class Leases:
         )
         with self._database.write_aside() as connection:
             connection.execute(statement)
-        found = self.get(name)
+            found = self._read(connection, name)
         return found or self.take(name, holder=holder, duration_s=duration_s, instead_of=instead_of)
 
     def release(self, name: str, *, holder: str) -> None:
@@ -67,10 +67,13 @@ class Leases:
 
     def get(self, name: str) -> LeaseRecord | None:
         """Return the lease; None when nobody has it."""
+        with self._database.read() as connection:
+            return self._read(connection, name)
+
+    def _read(self, connection: sa.Connection, name: str) -> LeaseRecord | None:
         table = tables.leases
         query = sa.select(table, (table.c.expires_at < self._database.now()).label("is_over"))
-        with self._database.read() as connection:
-            row = connection.execute(query.where(table.c.name == name)).mappings().first()
+        row = connection.execute(query.where(table.c.name == name)).mappings().first()
         return (
             None
             if row is None

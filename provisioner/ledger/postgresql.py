@@ -20,14 +20,22 @@ import psycopg
 import sqlalchemy as sa
 import structlog
 from pydantic import SecretStr
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
+
+from provisioner.errors import SettingsError
 
 log = structlog.get_logger(__name__)
 
 READ: dict[str, Any] = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
 WRITE: dict[str, Any] = {"isolation_level": "READ COMMITTED", "postgresql_readonly": False}
+MIGRATE = WRITE
+ASIDE: dict[str, Any] = {"isolation_level": "AUTOCOMMIT"}
+"""Each statement for itself: a process that is frozen after one keeps nobody waiting."""
 
 POOL = {"pool_size": 5, "max_overflow": 15, "pool_timeout": 30, "pool_pre_ping": True}
 """At most 20 connections a process: a server with its 100 has room for several, and for others."""
+POOL_ASIDE = {"pool_size": 1, "max_overflow": 1, "pool_timeout": 30, "pool_pre_ping": True}
+"""For what must not wait until one of those 20 is free: all of them may be waiting for their turn to write."""
 CONNECT_TIMEOUT_S = 3
 STALLED_S = 5
 """How long a transaction may stand still before the server ends it; between two statements, ours only think."""
@@ -38,23 +46,46 @@ _WRITER_LOCK = 0x6D616368  # "mach": told from other programs' locks in the same
 _LISTEN_S = 0.2
 """How long one wait for news lasts; the thread looks at this interval whether it should end."""
 _RECONNECT_S = 1.0
+_CONNECT_ARGS: dict[str, Any] = {
+    "connect_timeout": CONNECT_TIMEOUT_S,
+    "application_name": "machineuse",
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+}
+"""So that a server that is gone without a word is noticed in seconds; the ledger's URL may say otherwise."""
+_SECRETS = ("password", "sslpassword")
+"""What a URL may have behind its `?` and nobody is to read."""
 
 
-def make_engine(url: SecretStr) -> sa.Engine:
-    """Return the connections to the database at `url`, none of which is made yet."""
-    parsed = sa.make_url(url.get_secret_value()).set(drivername="postgresql+psycopg")
-    connect_args = {
-        "connect_timeout": CONNECT_TIMEOUT_S,
-        "application_name": "machineuse",
-        "keepalives_idle": 5,
-        "keepalives_interval": 2,
-        "keepalives_count": 3,
-        "tcp_user_timeout": 10_000,
-    }
-    given = {name: value for name, value in connect_args.items() if name not in parsed.query}
-    engine = sa.create_engine(parsed, connect_args=given, hide_parameters=True, **POOL)
+def make_engine(url: SecretStr, *, pool: dict[str, Any]) -> sa.Engine:
+    """Return the connections to the database at `url`, none of which is made yet. Raises SettingsError."""
+    parsed = _parse(url)
+    given = {name: value for name, value in _CONNECT_ARGS.items() if name not in parsed.query}
+    engine = sa.create_engine(parsed, connect_args=given, hide_parameters=True, **pool)
     sa.event.listen(engine, "connect", _prepare_connection)
     return engine
+
+
+def name_of(engine: sa.Engine) -> str:
+    """Return the database's URL without what is secret in it."""
+    shown = engine.url.difference_update_query(_SECRETS)
+    return shown.render_as_string(hide_password=True).replace("+psycopg", "", 1)
+
+
+def _parse(url: SecretStr) -> sa.URL:
+    try:
+        parsed = sa.make_url(url.get_secret_value()).set(drivername="postgresql+psycopg")
+    except (ArgumentError, ValueError):
+        parsed = None
+    if parsed is None or "@" in (parsed.host or ""):  # the rest of a password, that is
+        raise SettingsError(  # from nothing: the parser quotes what may be a piece of the password
+            "MACHINEUSE_LEDGER is no URL of a PostgreSQL database.",
+            resolution="It has the form postgresql://user:password@host:5432/database; in a password, @ is written %40,"
+            " / is %2F and : is %3A.",
+        )
+    return parsed
 
 
 def take_turn(connection: sa.Connection) -> None:
@@ -72,9 +103,18 @@ def tell(connection: sa.Connection, message: str) -> None:
     connection.execute(sa.select(sa.func.pg_notify(_CHANNEL, message)))
 
 
-def is_cut_off(error: object) -> bool:
-    """Say whether the server ended a connection whose transaction stood still."""
-    return isinstance(error, psycopg.errors.IdleInTransactionSessionTimeout)
+def is_away(error: DBAPIError) -> bool:
+    """Say whether the server could not be reached, or has ended a connection: whose transaction stood still, say."""
+    return (
+        error.connection_invalidated
+        or isinstance(error, OperationalError | InterfaceError)
+        or isinstance(error.orig, psycopg.errors.IdleInTransactionSessionTimeout)
+    )
+
+
+def is_forbidden(error: DBAPIError) -> bool:
+    """Say whether the server answers, but this user may not do what a ledger needs."""
+    return isinstance(error.orig, psycopg.errors.InsufficientPrivilege)
 
 
 def _prepare_connection(connection: Any, _record: object) -> None:
@@ -115,7 +155,7 @@ class Listener:
 
     def _listen(self) -> None:
         arguments, options = self._engine.dialect.create_connect_args(self._engine.url)
-        with psycopg.connect(*arguments, **options, connect_timeout=CONNECT_TIMEOUT_S, autocommit=True) as connection:
+        with psycopg.connect(*arguments, **_CONNECT_ARGS | dict(options), autocommit=True) as connection:
             connection.execute(f"LISTEN {_CHANNEL}")
             self._again()
             while not self._stopping.is_set():

@@ -121,7 +121,8 @@ def test_the_ledger_s_server_may_restart_under_a_running_service(
         assert (away.status_code, away.json()["code"]) == (503, "ledger_unavailable")
         assert int(away.headers["retry-after"]) > 0
         assert service.http.post("/v2/instances", json={}).status_code == 503
-        wait_until(lambda: "lease lost" in service.log(), what="it does not lead without its ledger")
+        wait_until(lambda: service.events("lease lost"), what="it does not lead without its ledger")
+        wait_until(lambda: service.events("control plane stopped"), what="nothing goes on without it")
     finally:
         postgres.start()
     assert service.get(instance["id"])["status"] == "running"

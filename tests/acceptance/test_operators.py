@@ -73,6 +73,14 @@ def test_with_another_ledger_an_update_refuses_and_deletes_nothing(service: Serv
     assert service.container(instance["id"]).status == "running"
 
 
+def test_a_stack_of_another_cluster_is_not_given_what_is_in_this_one_s_ledger(service: Service) -> None:
+    service.create(config=SMALL)
+    assert service.pulumi("stack", "init", "another", "--no-select").returncode == 0
+    done = service.pulumi("preview", "--stack", "another")
+    assert done.returncode != 0
+    assert f"that of cluster '{service.cluster}', and this is cluster 'another'" in said(done)
+
+
 def test_the_plugins_refuse_to_destroy_what_is_wanted_alive(service: Service) -> None:
     instance = service.create(config=SMALL)
     done = service.pulumi("destroy", "--yes", "--skip-preview", "--stack", service.cluster, "--continue-on-error")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from moto.server import ThreadedMotoServer
 from pydantic import SecretStr
 
 from provisioner.engine import Engine
-from provisioner.errors import EngineError, SettingsError
+from provisioner.errors import EngineError, LedgerUnavailable, SettingsError
 from provisioner.lease import Lease
 from provisioner.ledger import Ledger
 from provisioner.settings import Settings
@@ -77,6 +78,21 @@ def test_a_state_that_is_away_is_told_without_its_password(make_engine: MakeEngi
     assert "geheim" not in f"{caught.value.detail}"
     assert "somebody:****@" in f"{caught.value.detail}"
     assert "MACHINEUSE_STATE" in caught.value.explain()
+
+
+def test_no_cli_goes_on_that_the_ledger_could_not_be_told_of(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(state=f"postgres://somebody@127.0.0.1:{free_port()}/x?sslmode=disable&connect_timeout=600")
+
+    def refuse(*_: object) -> None:
+        raise LedgerUnavailable("away")
+
+    monkeypatch.setattr(Ledger, "write_fact", refuse)
+    with pytest.raises(LedgerUnavailable):
+        engine.ensure_stack()
+    assert engine._process is not None
+    assert engine._process.returncode == -signal.SIGKILL
 
 
 def test_a_kind_of_state_that_the_cli_lacks_is_told_as_such(

@@ -132,6 +132,11 @@ class Service:
         """Return what it printed so far."""
         return self.log_path.read_text(errors="replace")
 
+    def events(self, name: str = "", *, after: int = 0) -> list[dict[str, Any]]:
+        """Return what it logged so far, from the entry `after` on; or only the entries with this name."""
+        entries = [json.loads(line) for line in self.log().splitlines() if line.startswith("{")][after:]
+        return [entry for entry in entries if name in ("", entry["event"])]
+
     def clean_up(self) -> None:
         """Stop it and remove every container, volume, network and image that is labelled with its cluster."""
         self.end_if_running()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from provisioner.engine import read_events
+from provisioner.engine import _without_passwords, read_events
 
 DONE = {"resOutputsEvent": {"metadata": {"op": "create", "urn": "urn:a", "new": {"outputs": {"name": "a"}}}}}
 FAILED = {"resOpFailedEvent": {"metadata": {"urn": "urn:b"}}}
@@ -49,3 +49,15 @@ def test_a_log_that_breaks_off_tells_nothing(log: Path) -> None:
     assert read_events(log, duration_s=1) is None
     log.unlink()
     assert read_events(log, duration_s=1) is None
+
+
+@pytest.mark.parametrize(
+    "url", ["postgres://u:geheim@h/d?sslmode=disable", "postgres://h/d?user=u&password=geheim&a=b"]
+)
+def test_passwords_are_cut_out_of_what_the_cli_says(url: str) -> None:
+    said = _without_passwords(
+        f"error: open '{url}': no answer\n  {url}: created by root@here (pid 12) at 2026-01-02T03Z"
+    )
+    assert "geheim" not in said
+    assert "created by root@here (pid 12) at 2026-01-02T03Z" in said
+    assert said.count("****") == 2

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import typer
+from pydantic import SecretStr
 
 from api import drain_progress
 from provisioner import lifecycle
@@ -23,8 +24,8 @@ from tests.support.world import empty_ledger
 
 
 @pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    ledger = empty_ledger(tmp_path)
+def ledger(ledger_location: Path | SecretStr) -> Iterator[Ledger]:
+    ledger = empty_ledger(ledger_location)
     ledger.nodes.sync([NodeSpec(id="a"), NodeSpec(id="b", host="unix:///nobody", availability=Availability.DRAINING)])
     beat = {"status": NodeStatus.ONLINE, "last_heartbeat": time.time()}
     for node_id in ("a", "b"):

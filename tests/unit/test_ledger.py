@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,10 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from pydantic import SecretStr
 
-from provisioner.errors import LedgerMismatch, NotFound
-from provisioner.ledger import Ledger, database
+from provisioner.errors import LedgerMismatch, LedgerUnavailable, NotFound
+from provisioner.ledger import Ledger, database, events, sqlite
 from provisioner.ledger.instances import LoadReader, Update
-from provisioner.ledger.records import InstanceRecord, SnapshotRecord, SnapshotState
+from provisioner.ledger.records import InstanceRecord, Moving, SnapshotRecord, SnapshotState
 from provisioner.ledger.tables import metadata
 from provisioner.states import Status
 from stacks.spec import NodeSpec
@@ -43,6 +45,16 @@ def test_the_schema_in_the_code_is_the_newest_migration() -> None:
 
 def test_a_ledger_keeps_its_id(ledger: Ledger) -> None:
     assert Ledger.open(ledger.location).id == ledger.id
+
+
+def test_a_ledger_belongs_to_one_cluster(ledger: Ledger) -> None:
+    ledger.check_cluster("b")  # nobody has said yet whose it is
+    ledger.claim("a")
+    ledger.claim("a")
+    ledger.check_cluster("a")
+    for use in (ledger.claim, ledger.check_cluster):
+        with pytest.raises(LedgerMismatch, match="that of cluster 'a', and this is cluster 'b'"):
+            use("b")
 
 
 def test_no_ledger_is_never_an_empty_one(tmp_path: Path) -> None:
@@ -131,6 +143,74 @@ def test_released_ports_are_free_again(ledger: Ledger) -> None:
     ledger.instances.change("mu-test", lambda *_: Update(release_ports=True))
     with ledger.instances.reader() as loads:
         assert loads.ports("local") == frozenset()
+
+
+def test_instances_are_found_by_what_is_to_be_done_with_them(ledger: Ledger) -> None:
+    for instance_id, fields in {
+        "mu-up": {},
+        "mu-moves": {"moving": Moving.DRAIN, "node_id": "b"},
+        "mu-failed": {"status": Status.FAILED},
+        "mu-wished": {"generation": 2},
+    }.items():
+        record = make_record(id=instance_id, debug_port=None, stream_port=None, **fields)
+        ledger.instances.create(lambda _, record=record: (record, "made"))
+    assert [r.id for r in ledger.instances.moving()] == ["mu-moves"]
+    assert [r.id for r in ledger.instances.on_node("b")] == ["mu-moves"]
+    assert [r.id for r in ledger.instances.failed()] == ["mu-failed"]
+    assert [r.id for r in ledger.instances.unsettled()] == ["mu-wished"]
+    assert ledger.instances.counts()[Status.FAILED] == 1
+
+
+def test_what_is_left_on_a_node_is_known_until_it_is_removed(ledger: Ledger) -> None:
+    ledger.leftovers.add(node_id="a", urn="urn:pulumi:x::y::z::mu-a_b-browser", name="container")
+    ledger.leftovers.add(node_id="a", urn="urn:pulumi:x::y::z::mu-a_b-home", name="volume")
+    assert [left.name for left in ledger.leftovers.list("a")] == ["container", "volume"]
+    with ledger.instances.reader() as loads:
+        assert loads.nodes_with_leftovers("mu-a_b") == {"a"}
+        assert loads.nodes_with_leftovers("mu-a%") == loads.nodes_with_leftovers("mu-axb") == frozenset()
+    ledger.leftovers.remove(ledger.leftovers.list("a")[0].id)
+    assert [left.name for left in ledger.leftovers.list("a")] == ["volume"]
+    assert ledger.leftovers.list("b") == []
+
+
+def test_only_images_that_were_brought_are_remembered(ledger: Ledger) -> None:
+    ledger.node_images.note_use(node_id="a", name="there-before")
+    ledger.node_images.note(node_id="a", name="brought")
+    ledger.node_images.note(node_id="a", name="brought")
+    before = ledger.node_images.list("a")["brought"]
+    ledger.node_images.note_use(node_id="a", name="brought")
+    assert set(ledger.node_images.list("a")) == {"brought"}
+    assert ledger.node_images.list("a")["brought"] >= before
+    assert ledger.node_images.list("b") == {}
+    ledger.node_images.forget(node_id="a", name="brought")
+    assert ledger.node_images.list("a") == {}
+
+
+def test_the_newest_events_are_kept(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "KEEP", 2)
+    for number in range(4):
+        ledger.events.add("test", message=str(number), instance_id="mu-test")
+    ledger.events.prune()
+    kept = ledger.events.list()
+    assert [event.message for event in kept] == ["2", "3"]
+    assert ledger.events.list(after_id=kept[0].id) == kept[1:]
+    assert ledger.events.tell_of("test", instance_id="mu-test")
+    assert not ledger.events.tell_of("other", instance_id="mu-test")
+
+
+def test_a_file_that_another_writer_holds_is_away_for_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite, "BUSY_TIMEOUT_S", 0.1)
+    ledger = Ledger.create(tmp_path / "ledger.db")
+    with closing(sqlite3.connect(tmp_path / "ledger.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(LedgerUnavailable) as caught:
+            ledger.write_fact("a", "b")
+        with pytest.raises(LedgerUnavailable):
+            ledger.leases.take("test", holder="a", duration_s=60)
+        assert caught.value.detail == f"{tmp_path}/ledger.db: database is locked"
+        assert ledger.fact("a") is None  # readers wait for nobody
+    ledger.write_fact("a", "b")
+    ledger.close()
 
 
 def test_what_is_committed_is_on_the_disk(tmp_path: Path) -> None:

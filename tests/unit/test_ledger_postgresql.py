@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -9,15 +10,16 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from psycopg import sql
 from pydantic import SecretStr, ValidationError
 
-from provisioner.errors import LedgerMismatch, LedgerUnavailable, NotFound
-from provisioner.ledger import Ledger
+from provisioner.errors import LedgerMismatch, LedgerUnavailable, NotFound, SettingsError
+from provisioner.ledger import Ledger, postgresql
 from provisioner.ledger.database import Database
 from provisioner.ledger.instances import Update
 from provisioner.settings import Settings
 from stacks.spec import NodeSpec
-from tests.support.postgres import PostgresServer
+from tests.support.postgres import USER, PostgresServer
 from tests.support.records import make_record
 from tests.support.watched import wait_until
 
@@ -150,6 +152,69 @@ def test_what_one_process_changes_the_others_are_told_once_it_is_committed(
     assert told == [None, "mu-test", "mu-test", None, "mu-test"]
     listener.stop()
     other.close()
+
+
+def test_a_lease_is_renewed_while_everybody_waits_for_a_turn_to_write(ledger: Ledger, url: SecretStr) -> None:
+    assert ledger.leases.take("test", holder="a", duration_s=60).holder == "a"
+    with psycopg.connect(url.get_secret_value()) as frozen:
+        frozen.execute("SELECT pg_advisory_xact_lock(%s)", [postgresql._WRITER_LOCK])
+        writers = [threading.Thread(target=ledger.write_fact, args=("a", str(n))) for n in range(40)]
+        for writer in writers:
+            writer.start()
+        most = postgresql.POOL["pool_size"] + postgresql.POOL["max_overflow"]
+        wait_until(lambda: ledger._database.engine.pool.checkedout() == most, what="all connections wait")
+        assert ledger.leases.take("test", holder="a", duration_s=120).expires_at > time.time() + 60
+    for writer in writers:
+        writer.join(30)
+    assert ledger.fact("a") is not None
+
+
+def test_no_free_connection_is_told_as_such(url: SecretStr, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(postgresql, "POOL", {"pool_size": 1, "max_overflow": 0, "pool_timeout": 0.1})
+    ledger = Ledger.create(url)
+    with ledger.instances.reader(), pytest.raises(LedgerUnavailable) as caught:
+        ledger.instances.all()
+    assert "no connection became free" in f"{caught.value.detail}"
+    ledger.close()
+
+
+def test_who_may_not_make_tables_is_told_so(postgres: PostgresServer) -> None:
+    name = postgres.new_database()
+    with psycopg.connect(postgres.url("postgres"), autocommit=True) as connection:
+        connection.execute(sql.SQL("CREATE ROLE {} LOGIN PASSWORD 'geheim'").format(sql.Identifier(name)))
+    url = SecretStr(f"postgresql://{name}:geheim@127.0.0.1:{postgres.port}/{name}")
+    with pytest.raises(SettingsError, match="can't be written") as caught:
+        Ledger.create(url)
+    assert "permission denied for schema public" in f"{caught.value.detail}"
+    assert "geheim" not in f"{vars(caught.value)}"
+
+
+def test_the_url_may_say_how_to_connect(postgres: PostgresServer) -> None:
+    name = postgres.new_database()
+    options = f"user={USER}&password={postgres.password}&connect_timeout=9&keepalives_idle=30"
+    ledger = Ledger.create(SecretStr(f"postgresql://127.0.0.1:{postgres.port}/{name}?{options}"))
+    told: list[str | None] = []
+    listener = ledger.listen(told.append)
+    assert listener is not None
+    listener.start()
+    wait_until(lambda: told == [None], what="listening")
+    with psycopg.connect(postgres.url(name)) as connection:
+        query = "SELECT application_name FROM pg_stat_activity WHERE query LIKE 'LISTEN%%' AND datname = %s"
+        names = connection.execute(query, [name]).fetchall()
+    assert names == [("machineuse",)]  # and with that the rest of how all its connections are made
+    listener.stop()
+    assert postgres.password not in ledger._database.name
+    assert "connect_timeout=9" in ledger._database.name
+    ledger.close()
+
+
+@pytest.mark.parametrize("url", ["u:geheim@h:abc/d", "u:ge@heim@h/d", "u:geheim/d", "u:geheim@h:5432x/d"])
+def test_a_url_that_can_t_be_read_is_not_repeated(url: str) -> None:
+    with pytest.raises(SettingsError, match="MACHINEUSE_LEDGER") as caught:
+        Ledger.create(SecretStr(f"postgresql://{url}"))
+    error: BaseException | None = caught.value
+    assert error.__cause__ is error.__context__ is None
+    assert not re.search("geheim|heim|abc", f"{vars(error)}")
 
 
 def test_the_server_s_clock_counts_for_leases(ledger: Ledger) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from provisioner import lifecycle
 from provisioner.changes import Changes
@@ -53,8 +54,8 @@ def test_what_is_due(fields: dict[str, object], due: bool) -> None:
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    world = World(empty_ledger(tmp_path))
+def world(ledger_location: Path | SecretStr) -> Iterator[World]:
+    world = World(empty_ledger(ledger_location))
     world.ledger.nodes.sync(ClusterSpec(name="unit").nodes)
     world.ledger.nodes.observe("local", values={"status": NodeStatus.ONLINE})
     yield world

@@ -8,14 +8,12 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
 from provisioner.errors import InvalidRequest
-from provisioner.ledger import Ledger, database
+from provisioner.ledger import Ledger
 from provisioner.ledger.instances import LoadReader, Update
 from provisioner.ledger.loads import NodeState
 from provisioner.ledger.records import InstanceRecord, NodeStatus
@@ -179,31 +177,4 @@ def test_what_a_transaction_took_back_does_not_stay_known(ledger_location: Path 
         ledger.nodes.observe("b", values={"cpu_percent": percent})
     with ledger.instances.reader() as loads:
         assert [state.promised_cpu_cores for state in sorted(loads.nodes())] == [2, 0]
-    ledger.close()
-
-
-def test_a_ledger_of_before_gets_its_sums_from_its_instances(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.db"
-    opened = database.Database(path)
-    config = Config()
-    config.set_main_option("script_location", str(Path(database.__file__).parent / "migrations"))
-    with opened.write() as connection:
-        config.attributes["connection"] = connection
-        command.upgrade(config, "0001")
-        table = sa.Table("instances", sa.MetaData(), autoload_with=connection)
-        for number, fields in enumerate(
-            [
-                {"node_id": "a", "memory_gb": 0.3},
-                {"node_id": "a", "body": False, "wanted": Wanted.RUNNING},
-                {"node_id": "b", "body": True, "wanted": Wanted.DORMANT},
-                {"node_id": "b", "body": False, "wanted": Wanted.DORMANT},
-            ]
-        ):
-            record = make_record(id=f"mu-{number}", **fields)
-            row = {name: getattr(record, name) for name in table.columns.keys()}  # noqa: SIM118
-            connection.execute(table.insert().values(row | {"wanted": record.wanted.value, "status": "running"}))
-    opened.close()
-    ledger = Ledger.create(path)
-    assert [load.instances for load in ledger.instances.loads()] == [2, 1]
-    assert ledger.instances.loads() == sum_up(ledger.instances.all())
     ledger.close()

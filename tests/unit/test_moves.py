@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from provisioner import lifecycle
 from provisioner.changes import Changes
@@ -30,8 +31,8 @@ DAY_S = 86400.0
 class Moves:
     """Two nodes, `a` with an instance and `b` with room, and what moves between them."""
 
-    def __init__(self, directory: Path, *, action: str = "move") -> None:
-        self.world = World(empty_ledger(directory))
+    def __init__(self, location: Path | SecretStr, *, action: str = "move") -> None:
+        self.world = World(empty_ledger(location))
         self.ledger = self.world.ledger
         nodes = (NodeSpec(id="a", host="unix:///a"), NodeSpec(id="b", host="unix:///b"))
         policy = OfflinePolicy(action=action, after_minutes=1)  # type: ignore[arg-type]
@@ -93,8 +94,8 @@ class Moves:
 
 
 @pytest.fixture
-def moves(tmp_path: Path) -> Iterator[Moves]:
-    moves = Moves(tmp_path)
+def moves(ledger_location: Path | SecretStr) -> Iterator[Moves]:
+    moves = Moves(ledger_location)
     yield moves
     moves.ledger.close()
 

@@ -11,7 +11,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from provisioner import lifecycle
-from provisioner.errors import DockerError, SnapshotFailed
+from provisioner.errors import DockerError, LedgerUnavailable, SnapshotFailed
 from provisioner.ledger.instances import Update
 from provisioner.ledger.records import InstanceRecord, NodeStatus
 from provisioner.ledger.samples import Sample, Scope, Usage
@@ -58,6 +58,22 @@ def put_to_sleep(services: FakeServices, client: TestClient, instance_id: str) -
         lambda r: lifecycle.note_snapshot(r, generation=r.generation, size_bytes=77, keep=1),
         lambda r: lifecycle.note_dormant(r, generation=r.generation),
     )
+
+
+def test_a_ledger_that_goes_away_after_a_create_does_not_hide_what_was_made(
+    client: TestClient, services: FakeServices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise LedgerUnavailable("The ledger's database does not answer.")
+
+    for table, reading in ((services.ledger.instances, "find"), (services.ledger.samples, "latest")):
+        with monkeypatch.context() as patch:
+            patch.setattr(table, reading, fail)
+            answer = client.post("/v2/instances", json={})
+        assert (answer.status_code, answer.json()["code"]) == (503, "ledger_unavailable")
+        assert int(answer.headers["retry-after"]) > 0
+        newest = services.ledger.instances.all()[-1]
+        assert f"Instance {newest.id} was created" in answer.json()["detail"]
 
 
 def test_an_empty_request_creates_an_instance_with_the_contracts_defaults(client: TestClient) -> None:
