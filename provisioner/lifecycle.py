@@ -140,9 +140,12 @@ def check_revivable(record: InstanceRecord) -> None:
     if record.wanted is Wanted.ABSENT:
         raise Conflict(f"Instance {record.id} is being deleted.")
     if record.wanted is Wanted.DORMANT and record.settled_generation < record.generation:
+        asleep = record.status is Status.DORMANT  # then a revival has failed
         raise Conflict(
-            f"Instance {record.id} is being made dormant.",
-            resolution="Wait until its status is dormant, then revive it.",
+            f"What a revival of instance {record.id} left when it failed is being removed."
+            if asleep
+            else f"Instance {record.id} is being made dormant.",
+            resolution="Wait until no operation is under way, then revive it.",
         )
     if record.status is not Status.DORMANT:
         raise Conflict(f"Instance {record.id} is {record.status.value}, and only a dormant one can be revived.")

@@ -51,8 +51,8 @@ class Need:
     """Whether only the preferred node will do."""
     home_node: str | None = None
     """The node that has its quick copy: taken while it fits, and no matter when not."""
-    avoid: frozenset[str] = frozenset()
-    """Nodes that will not do."""
+    avoid: Mapping[str, str] = field(default_factory=dict)
+    """Nodes that will not do, and why not, in words that follow a node's name."""
     memory_mib: int = field(init=False)
     disk_mib: int = field(init=False)
 
@@ -119,7 +119,7 @@ class Found(NamedTuple):
     left: float = 0
     """How much there is of what is too little."""
     what: str = ""
-    """The label that it has not, or what its availability is."""
+    """The label that it has not, what its availability is, or why it is to be avoided."""
 
 
 class Arrivals:
@@ -207,7 +207,7 @@ def weigh(need: Need, *, node: NodeSpec, state: NodeState | None, limits: Limits
     if state.availability != _ACTIVE_WORD:  # whoever keeps the ledger has read a newer file
         return Found(Lack.CLOSED, what=state.availability)
     if node.id in need.avoid:
-        return Found(Lack.AVOIDED)
+        return Found(Lack.AVOIDED, what=need.avoid[node.id])
     if need.labels:
         for key, value in need.labels.items():
             if node.labels.get(key, state.labels.get(key)) != value:
@@ -331,7 +331,7 @@ def _tell(need: Need, found: Found, *, several: bool = False) -> str:
     return {
         Lack.OFFLINE: "offline",
         Lack.CLOSED: found.what,
-        Lack.AVOIDED: "is to be left",
+        Lack.AVOIDED: found.what,
         Lack.LABELS: f"not labelled {found.what}",
         Lack.VOLUME: f"no {need.volume} volumes for homes",
         Lack.INSTANCES: "have all their instances" if several else f"has its {found.left:g} instances",

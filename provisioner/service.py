@@ -12,7 +12,7 @@ import errno
 import secrets
 import socket
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from provisioner import lifecycle
@@ -216,9 +216,9 @@ class InstanceService:
         for other in moving:
             if other.wanted is Wanted.DORMANT and other.id != record.id:
                 with contextlib.suppress(NoCapacity):  # that one waits; there may be room for a smaller one
-                    need = self._need_again(other, loads=loads, avoid={other.node_id})
+                    need = self._need_again(other, loads=loads, leave=True)
                     arrivals.add(need, self._place(need, loads=arrivals))
-        self._place(self._need_again(record, loads=loads, avoid={record.node_id}), loads=arrivals)
+        self._place(self._need_again(record, loads=loads, leave=True), loads=arrivals)
 
     def _need_again(
         self,
@@ -227,10 +227,16 @@ class InstanceService:
         loads: LoadReader,
         node_preference: str | None = None,
         strict: bool = False,
-        avoid: Collection[str] = (),
+        leave: bool = False,
     ) -> Need:
-        """Return what an instance that exists needs of a node. Where something of it is left over, it can't go: that
-        is removed by name, and would be taken for what is left over."""
+        """Return what an instance that exists needs of a node; to `leave` the one that it is on, if so asked.
+
+        Where something of it is left over, it can't go: that is removed by name, and would be taken for what is left.
+        """
+        avoid = dict.fromkeys(self._nodes_out_of_reach(record), "out of reach of its home in the cloud")
+        avoid |= dict.fromkeys(loads.nodes_with_leftovers(record.id), "an earlier life of it is still to be removed")
+        if leave:
+            avoid[record.node_id] = "is to be left"
         taken = record.snapshot(record.snapshot_generation)
         return Need(
             memory_gb=record.memory_gb,
@@ -242,7 +248,7 @@ class InstanceService:
             node_preference=node_preference,
             strict=strict,
             home_node=taken.node_id if taken is not None else record.node_id,
-            avoid=loads.nodes_with_leftovers(record.id) | self._nodes_out_of_reach(record) | frozenset(avoid),
+            avoid=avoid,
         )
 
     def delete(self, instance_id: str, *, force: bool) -> InstanceRecord:

@@ -192,9 +192,12 @@ def test_a_home_on_a_cloud_volume_takes_no_disk_of_its_node() -> None:
 
 
 def test_a_node_that_is_to_be_left_is_not_taken() -> None:
-    assert place(need(avoid=frozenset("a")), nodes=A_AND_B, states=[seen("a"), seen("b")]).node.id == "b"
-    wanted = need(avoid=frozenset("a"), node_preference="a", home_node="a")
+    assert place(need(avoid={"a": "is to be left"}), nodes=A_AND_B, states=[seen("a"), seen("b")]).node.id == "b"
+    wanted = need(avoid={"a": "is to be left"}, node_preference="a", home_node="a")
     assert place(wanted, nodes=A_AND_B, states=[seen("a"), seen("b")]).node.id == "b"
+    why = {"a": "is to be left", "b": "an earlier life of it is still to be removed"}
+    said = refusal(need(avoid=why), nodes=A_AND_B, states=[seen("a"), seen("b")]).message
+    assert "node a: is to be left; node b: an earlier life of it is still to be removed" in said
 
 
 def test_a_container_gets_no_more_cores_than_its_node_has() -> None:
@@ -337,7 +340,7 @@ needs = st.builds(
     node_preference=st.just("a"),
     strict=st.sampled_from([False, False, True]),
     home_node=st.none() | names,
-    avoid=st.frozensets(names, max_size=1),
+    avoid=st.dictionaries(names, st.just("is to be left"), max_size=1),
 )
 
 
