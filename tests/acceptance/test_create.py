@@ -16,6 +16,7 @@ import pytest
 
 from stacks.names import Names
 from stacks.spec import BROWSER_IMAGE, SECCOMP_PROFILE
+from tests.support.containers import execute
 from tests.support.service import Service
 from tests.support.shell_image import shell_image
 from tests.support.watched import wait_until
@@ -59,10 +60,7 @@ def created(service: Service, **body: Any) -> Iterator[dict[str, Any]]:
 
 def run_in(service: Service, instance: dict[str, Any], *command: str) -> str:
     """Run a command in the instance's container and return what it prints."""
-    done = service.container(instance["id"]).exec_run(list(command))
-    said: str = done.output.decode()
-    assert done.exit_code == 0, said
-    return said.strip()
+    return execute(service.container(instance["id"]), *command).strip()
 
 
 def refusal(answer: httpx.Response, status: int) -> dict[str, str]:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.support.browsing import new_page
+from tests.support.containers import execute
 from tests.support.service import Service
 
 SMALL = {"memory_gb": 0.5, "cpu_cores": 1}
@@ -133,14 +134,14 @@ def instance(service: Service) -> dict[str, Any]:
     """Give an instance with something to lose, and too much of it for a small disk."""
     instance = service.create(config=SMALL)
     write = "cd /home/machine; echo kept > note; head -c 1000000 /dev/urandom > noise"
-    service.container(instance["id"]).exec_run(["sh", "-c", write])
+    execute(service.container(instance["id"]), "sh", "-c", write)
     with new_page(instance) as page:
         page.context.add_cookies([COOKIE])  # type: ignore[list-item]
     return instance
 
 
 def assert_nothing_lost(service: Service, instance: dict[str, Any]) -> None:
-    assert service.container(instance["id"]).exec_run(["cat", "/home/machine/note"]).output == b"kept\n"
+    assert execute(service.container(instance["id"]), "cat", "/home/machine/note") == "kept\n"
     with new_page(instance) as page:
         assert [cookie["value"] for cookie in page.context.cookies()] == [COOKIE["value"]]
 

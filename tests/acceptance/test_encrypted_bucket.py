@@ -15,6 +15,7 @@ from provisioner.snapshots.keyfile import KeyFile
 from provisioner.snapshots.location import parse_s3_url
 from tests.conftest import StartService
 from tests.support.browsing import new_page
+from tests.support.containers import execute
 from tests.support.engines import Engine
 from tests.support.s3_server import S3Server
 from tests.support.service import COMMAND, Service
@@ -71,7 +72,7 @@ def test_a_profile_comes_back_from_a_bucket_that_can_not_read_it(
     )
     instance_id = service.create(config=SMALL)["id"]
     visit(service, instance_id, f"localStorage.setItem('visit', '{SECRET}')")
-    service.container(instance_id).exec_run(["sh", "-c", f"echo {SECRET} > /home/machine/{SECRET}"])
+    execute(service.container(instance_id), "sh", "-c", f"echo {SECRET} > /home/machine/{SECRET}")
 
     assert service.post(f"{instance_id}/dormant").json()["status"] == "dormant"
 
@@ -105,7 +106,7 @@ def test_a_profile_comes_back_from_a_bucket_that_can_not_read_it(
     revived = service.post(f"{instance_id}/revive", method="full_restore")
     assert revived.status_code == 200, revived.text
     assert visit(service, instance_id, "localStorage.getItem('visit')") == SECRET
-    assert service.container(instance_id).exec_run(["cat", f"/home/machine/{SECRET}"]).output.strip() == SECRET.encode()
+    assert execute(service.container(instance_id), "cat", f"/home/machine/{SECRET}").strip() == SECRET
 
     assert service.delete(instance_id).status_code == 200
     bucket = Bucket(parse_s3_url(server.url()))
@@ -130,8 +131,8 @@ def test_sleepers_wake_from_the_bucket_while_their_node_is_lost_and_after_it_was
         sleepers = [service.create(config=SMALL, node_preference="a")["id"] for _ in range(2)]
         for instance_id in sleepers:
             container = lost.client().containers.get(service.container_name(instance_id))
-            container.exec_run(["sh", "-c", f"echo {instance_id} > /home/machine/note"])
-            container.exec_run(["sh", "-c", f"echo {instance_id} > /opt/changed"], user="0")
+            execute(container, "sh", "-c", f"echo {instance_id} > /home/machine/note")
+            execute(container, "sh", "-c", f"echo {instance_id} > /opt/changed", user="0")
             assert service.post(f"{instance_id}/dormant").json()["status"] == "dormant"
         lost.kill()
         wait_until(lambda: service.http.get("/v2/nodes/a").json()["status"] == "offline", what="its node is offline")
@@ -144,7 +145,7 @@ def test_sleepers_wake_from_the_bucket_while_their_node_is_lost_and_after_it_was
             assert any(woken["restore_note"] in each["message"] for each in events if each["kind"] == "restored")
             container = other.client().containers.get(service.container_name(instance_id))
             for path in ("/home/machine/note", "/opt/changed"):
-                assert container.exec_run(["cat", path]).output.decode().strip() == instance_id
+                assert execute(container, "cat", path).strip() == instance_id
             service.write_cluster_file([other.node("b")])  # the next one's node is not even in the file
             wait_until(
                 lambda: [node["id"] for node in service.http.get("/v2/nodes").json()["nodes"]] == ["b"],

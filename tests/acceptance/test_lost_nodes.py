@@ -15,6 +15,7 @@ import docker
 import httpx
 import pytest
 
+from tests.support.containers import execute
 from tests.support.engines import Engine
 from tests.support.service import Service
 from tests.support.watched import wait_until
@@ -59,8 +60,7 @@ def names_on(engine: Engine, *, service: Service, instance_id: str) -> list[str]
 
 
 def run(engine: Engine, service: Service, instance_id: str, *command: str) -> str:
-    container = engine.client().containers.get(service.container_name(instance_id))
-    return str(container.exec_run(list(command)).output.decode())
+    return execute(engine.client().containers.get(service.container_name(instance_id)), *command)
 
 
 def await_live_snapshot(service: Service, instance: dict[str, Any], *, after: float) -> None:

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from stacks.spec import BROWSER_IMAGE
+from tests.support.containers import execute
 from tests.support.engines import Engine
 from tests.support.service import Service
 from tests.support.shell_image import shell_image
@@ -96,8 +97,8 @@ def test_an_instance_lives_on_each_machine_and_leaves_nothing_there(
         assert engine.address in instance["urls"]["debug"]
         assert "Chrome" in browser_of(instance, engine)
         container = container_of(instance, engine)
-        container.exec_run(["sh", "-c", f"echo {node_id} > /home/machine/note"])
-        container.exec_run(["touch", "/opt/changed"], user="0")
+        execute(container, "sh", "-c", f"echo {node_id} > /home/machine/note")
+        execute(container, "touch", "/opt/changed", user="0")
 
     for slept in on_each(lambda node: service.post(f"{created[node]['id']}/dormant").json()):
         assert slept["status"] == "dormant"
@@ -108,8 +109,8 @@ def test_an_instance_lives_on_each_machine_and_leaves_nothing_there(
         assert (woken["status"], woken["id"]) == ("running", created[woken["node_id"]]["id"])
         assert "Chrome" in browser_of(woken, engine)
         container = container_of(woken, engine)
-        assert container.exec_run(["cat", "/home/machine/note"]).output.decode() == f"{woken['node_id']}\n"
-        assert container.exec_run(["ls", "/opt/changed"]).exit_code == 0
+        assert execute(container, "cat", "/home/machine/note") == f"{woken['node_id']}\n"
+        execute(container, "ls", "/opt/changed")
 
     for refresh in ((), ("--refresh",)):
         done = service.pulumi("preview", "--stack", service.cluster, "--expect-no-changes", *refresh)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.browsing import new_page
+from tests.support.containers import execute
 from tests.support.service import Service
 from tests.support.watched import wait_until
 
@@ -86,7 +87,7 @@ def test_an_instances_use_is_shown_with_it_and_a_busy_page_is_seen(service: Serv
         assert all(0 <= percent <= 100 for percent in resources.values())
         return resources
 
-    service.container(instance["id"]).exec_run(["sh", "-c", "head -c 20000000 /dev/urandom > /var/tmp/big"])
+    execute(service.container(instance["id"]), "sh", "-c", "head -c 20000000 /dev/urandom > /var/tmp/big")
     wait_until(lambda: 1 < use()["disk_percent"] < 20, what="the disk that it uses is seen")
     # Half a gigabyte is little for Chromium: it uses a good part of that.
     assert use()["memory_percent"] > 10

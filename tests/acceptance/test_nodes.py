@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.support.containers import execute
 from tests.support.engine_proxy import EngineProxy
 from tests.support.service import Service
 from tests.support.watched import wait_until
@@ -171,7 +172,7 @@ def test_while_its_only_node_is_offline_a_create_is_refused_and_says_so(service:
 def test_an_instance_whose_node_is_away_can_not_go_dormant_and_loses_nothing(
     service: Service, engine: EngineProxy, instance: dict[str, Any]
 ) -> None:
-    service.container(instance["id"]).exec_run(["sh", "-c", "echo kept > /home/machine/note"])
+    execute(service.container(instance["id"]), "sh", "-c", "echo kept > /home/machine/note")
     engine.freeze()
     await_node(service, "offline")
     answer = service.post(f"{instance['id']}/dormant")
@@ -182,7 +183,7 @@ def test_an_instance_whose_node_is_away_can_not_go_dormant_and_loses_nothing(
     await_node(service, "online")
     shown = service.get(instance["id"])
     assert (shown["status"], shown["operation"], shown["error"]) == ("running", None, None)
-    assert service.container(instance["id"]).exec_run(["cat", "/home/machine/note"]).output == b"kept\n"
+    assert execute(service.container(instance["id"]), "cat", "/home/machine/note") == "kept\n"
 
 
 def test_a_forced_delete_does_not_wait_for_its_node_and_what_is_left_there_is_removed_later(
@@ -197,7 +198,7 @@ def test_a_forced_delete_leaves_nothing_of_a_revived_instance_either(
     service: Service, engine: EngineProxy, instance: dict[str, Any]
 ) -> None:
     # It has everything that an instance can leave: container, volume, copy, and an image that was built for it.
-    service.container(instance["id"]).exec_run(["touch", "/opt/changed"], user="0")
+    execute(service.container(instance["id"]), "touch", "/opt/changed", user="0")
     assert service.post(f"{instance['id']}/dormant").status_code == 200
     assert service.post(f"{instance['id']}/revive").json()["status"] == "running"
     assert len(traces_of(service, instance["id"])) == 4

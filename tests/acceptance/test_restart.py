@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from tests.support.containers import execute
 from tests.support.service import Service
 
 SMALL = {"memory_gb": 0.5, "cpu_cores": 1}
@@ -59,11 +60,11 @@ def test_a_delete_under_way_is_finished_after_a_kill(service: Service) -> None:
 def test_a_container_that_somebody_removed_is_made_again_with_its_home(service: Service) -> None:
     instance = service.create(config=SMALL)
     container = service.container(instance["id"])
-    container.exec_run(["sh", "-c", "echo kept > /home/machine/note"])
+    execute(container, "sh", "-c", "echo kept > /home/machine/note")
     container.remove(force=True)
     service.wait_for(instance["id"], "creating", timeout_s=60)
     service.wait_for(instance["id"], "running", timeout_s=60)
-    assert service.container(instance["id"]).exec_run(["cat", "/home/machine/note"]).output == b"kept\n"
+    assert execute(service.container(instance["id"]), "cat", "/home/machine/note") == "kept\n"
 
 
 def test_a_network_that_somebody_pruned_is_made_again(service: Service) -> None:
@@ -78,7 +79,7 @@ def test_a_lost_pulumi_state_is_made_again_from_the_ledger(service: Service) -> 
     for instance in (sleeper, woken):
         assert service.post(f"{instance['id']}/dormant").json()["status"] == "dormant"
     assert service.post(f"{woken['id']}/revive").json()["status"] == "running"
-    service.container(woken["id"]).exec_run(["sh", "-c", "echo kept > /home/machine/note"])
+    execute(service.container(woken["id"]), "sh", "-c", "echo kept > /home/machine/note")
     started_at = service.container(plain["id"]).attrs["State"]["StartedAt"]
     service.stop()
     shutil.rmtree(service.settings.state_dir)
@@ -86,5 +87,5 @@ def test_a_lost_pulumi_state_is_made_again_from_the_ledger(service: Service) -> 
     done = service.pulumi("preview", "--stack", service.cluster, "--expect-no-changes")
     assert done.returncode == 0, done.stdout + done.stderr
     assert service.container(plain["id"]).attrs["State"]["StartedAt"] == started_at
-    assert service.container(woken["id"]).exec_run(["cat", "/home/machine/note"]).output == b"kept\n"
+    assert execute(service.container(woken["id"]), "cat", "/home/machine/note") == "kept\n"
     assert service.post(f"{sleeper['id']}/revive").json()["status"] == "running"

@@ -22,6 +22,8 @@ from provisioner.toolchain.environment import environment
 from tests.support.ports import free_port
 
 ENGINE = "unix:///var/run/docker.sock"
+STACK_LOCKED = "the stack is currently locked"
+"""What the CLI says where somebody else's update is under way."""
 _WHERE_THINGS_ARE = ("ledger", "state", "secrets_provider", "passphrase_file")
 COMMAND = Path(sys.executable).parent / "machineuse"
 
@@ -191,17 +193,21 @@ class Service:
     # ---- looking behind it
 
     def pulumi(self, *arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
-        """Run the Pulumi CLI in the project as an operator would."""
-        done = subprocess.run(
-            ["pulumi", *arguments, "--non-interactive", "--color", "never"],
-            cwd=self.project,
-            env={**self.environment, **environment(self.settings), **extra},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        return done
+        """Run the Pulumi CLI in the project as an operator would: again where the service held the stack."""
+        deadline = time.monotonic() + 60
+        while True:
+            done = subprocess.run(
+                ["pulumi", *arguments, "--non-interactive", "--color", "never"],
+                cwd=self.project,
+                env={**self.environment, **environment(self.settings), **extra},
+                capture_output=True,
+                text=True,
+                timeout=120,
+                check=False,
+            )
+            if STACK_LOCKED not in done.stderr or time.monotonic() > deadline:
+                return done
+            time.sleep(0.2)
 
     def machineuse(self, *arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
         """Run the command `machineuse` with this service's settings, as a person in a shell would."""
