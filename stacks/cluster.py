@@ -36,18 +36,16 @@ async def declare(
     With `claim` the stack is first claimed for the ledger: a stack that belongs to another ledger fails right there,
     before anything else is registered, so nothing can be taken for unwanted because the wrong ledger does not know it.
     The catalogue's images on the nodes belong to such a full program, and to one that is about them (`images`).
+    Raises RunError, and declares nothing more, for an instance whose node can't have it any more.
     """
     if claim:
         await _registered([Claim("cluster", ledger_id=ledger_id)])
+    for instance in instances:
+        _check_node(instance, spec=spec)
     providers = {node.id: _declare_node(node, spec=spec, ledger_id=ledger_id) for node in spec.nodes}
     pending: list[pulumi.Resource] = _declare_images(spec) if images or claim else []
     for instance in instances:
         node = spec.node(instance.node_id)
-        if node is None and instance.body:
-            raise pulumi.RunError(
-                f"Instance {instance.id} is on node '{instance.node_id}', which the cluster's file does not name. Put"
-                " the node back into the file, drain it (`machineuse node drain`), then remove it."
-            )
         provider = providers.get(instance.node_id)  # a dormant one sleeps in the store, whatever became of its node
         component = Instance(instance, cluster=spec, ledger_id=ledger_id, provider=provider, node=node)
         pending += [component, *component.resources]
@@ -95,6 +93,20 @@ def _declare_images(spec: ClusterSpec) -> list[pulumi.Resource]:
         for node in spec.nodes
         for image in spec.wanted_images
     ]
+
+
+def _check_node(instance: InstanceSpec, *, spec: ClusterSpec) -> None:
+    node = spec.node(instance.node_id)
+    if node is None and instance.body:
+        raise pulumi.RunError(
+            f"Instance {instance.id} is on node '{instance.node_id}', which the cluster's file does not name. Put"
+            " the node back into the file, drain it (`machineuse node drain`), then remove it."
+        )
+    if node is not None and node.cloud is None and instance.cloud_volume is not None:
+        raise pulumi.RunError(
+            f"Instance {instance.id} is on a cloud volume on node '{node.id}', which has no `cloud` in the cluster's"
+            " file. Put its instance_id and zone back, drain it (`machineuse node drain`), then change it."
+        )
 
 
 async def _registered(resources: Iterable[pulumi.Resource]) -> None:
