@@ -16,6 +16,7 @@ from provisioner.ledger.instances import LoadReader, Update
 from provisioner.ledger.records import InstanceRecord
 from provisioner.states import Wanted
 from tests.support.conformance import run_schemathesis
+from tests.support.watched import wait_until
 from tests.unit.api.conftest import FakeServices, ServicesMaker
 
 
@@ -55,6 +56,7 @@ def url(make_services: ServicesMaker, request: pytest.FixtureRequest) -> Iterato
     ]
     for thread in threads:
         thread.start()
+    wait_until(lambda: server.started, what="it serves")
     yield f"http://127.0.0.1:{sockets[0].getsockname()[1]}"
     stopping.set()
     server.should_exit = True
