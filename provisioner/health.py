@@ -1,6 +1,7 @@
 """Listens to the heartbeats of the nodes: each node's engine is asked for a sign of life, and what it has.
 
-A node is offline after several misses in a row and online again with its first answer; each change is one event.
+A node is offline after several misses in a row and online again with its first answer; each change is one event. From
+the first miss on no update waits for it, and from the last on nobody does.
 An engine that hangs costs one thread, its own, for a bounded time: it is not asked again before that thread is back.
 """
 
@@ -139,11 +140,13 @@ class NodeHealth:
         if known.status is NodeStatus.ONLINE and misses >= self._settings.offline_after_misses:
             event = ("node_offline", f"node {node.id} does not answer: {error.explain()}")
             log.warning("node offline", node=node.id, error=error.message, detail=error.detail)
-            self._hosts.of(node).hang_up()  # an update that waits for it holds up all others
         if known.status is NodeStatus.OFFLINE or event is not None:
             values |= {"status": NodeStatus.OFFLINE, "cpu_percent": None, "memory_percent": None, "disk_percent": None}
             values["offline_since"] = known.offline_since or time.time()
         self._ledger.nodes.observe(node.id, values=values, event=event)
+        if known.status is NodeStatus.ONLINE:
+            # An update that waits for it holds up all others; what takes its time beside them may yet come to an end.
+            self._hosts.of(node).hang_up(only_work=event is None)
         if event is not None:
             self._changes.work.set()  # what needs nothing more of the node
 

@@ -32,7 +32,7 @@ from provisioner.docker_hosts.inventory import ContainerState, describe_containe
 from provisioner.errors import DockerError, NodeUnreachable, NotFound, NotReady
 from provisioner.ledger import Ledger
 from provisioner.ledger.instances import Update
-from provisioner.ledger.records import InstanceRecord, NodeStatus
+from provisioner.ledger.records import InstanceRecord
 from provisioner.settings import Settings
 from provisioner.states import UP, Status, Wanted
 from stacks.names import Names
@@ -158,8 +158,7 @@ class Readiness:
 
     def step(self) -> None:
         """Watch every instance of the ledger that is waited for and not watched yet."""
-        nodes = self._ledger.nodes.list()
-        self._silent = frozenset(node.id for node in nodes if node.status is NodeStatus.OFFLINE or node.misses)
+        self._silent = frozenset(node.id for node in self._ledger.nodes.list() if node.misses)
         for record in self._ledger.instances.unsettled():
             self.watch(record)
         self._steps += 1

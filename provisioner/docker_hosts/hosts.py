@@ -117,6 +117,7 @@ class DockerHost:
         """By how long to wait for an answer, and for a connection (or for the engine to read)."""
         self._locks: dict[str, threading.Lock] = {}
         self._connections = Connections()
+        self._work_connections = Connections()
         self._alive_at = float("-inf")
         self._silent_at = float("-inf")
 
@@ -189,7 +190,7 @@ class DockerHost:
         with self.errors("connect"):
             return _Client(
                 connect_timeout_s=connect_timeout_s or self.timeout_s,
-                connections=self._connections,
+                connections=self._work_connections if timeout_s == self.work_timeout_s else self._connections,
                 base_url=self._tunnel.url if self._tunnel is not None else self.url,
                 version=version,
                 timeout=timeout_s,
@@ -270,10 +271,12 @@ class DockerHost:
         if now - self._alive_at > ALIVE_FOR_S:
             self.ping()
 
-    def hang_up(self) -> None:
-        """Break all connections: whoever waits for an answer of this engine gets NodeUnreachable now."""
+    def hang_up(self, *, only_work: bool = False) -> None:
+        """Break all connections, or those of `work_api`: whoever waits for an answer there gets NodeUnreachable now."""
         self._alive_at = float("-inf")
-        self._connections.hang_up()
+        self._work_connections.hang_up()
+        if not only_work:
+            self._connections.hang_up()
 
     def info(self) -> dict[str, Any]:
         """Return what the engine says about itself and its machine (`docker info`)."""

@@ -184,6 +184,30 @@ def test_who_waits_for_a_frozen_engine_is_told_when_it_is_given_up(
     assert host.call("list images", host.slow_api.images) == []
 
 
+@pytest.mark.parametrize("fixture", ["near", "secured", "behind_ssh"])
+def test_the_work_of_updates_is_given_up_before_what_takes_its_time(
+    request: pytest.FixtureRequest, hosts: DockerHosts, fixture: str
+) -> None:
+    engine: Engine = request.getfixturevalue(fixture)
+    host = hosts.get(engine.url, cert_path=engine.cert_path, ssh_opts=engine.ssh_opts)
+    slow, work = host.slow_api, host.work_api
+    assert slow.images() == work.images() == []  # both have a connection: opening one has a time limit of its own
+    engine.freeze()
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            patient = pool.submit(host.call, "list images", slow.images)
+            waiting = pool.submit(host.call, "list images", work.images)
+            assert wait([patient, waiting], timeout=1).not_done == {patient, waiting}
+            host.hang_up(only_work=True)
+            with pytest.raises(NodeUnreachable, match="does not answer"):
+                waiting.result(timeout=10)
+            assert not patient.done()
+            engine.thaw()
+            assert patient.result(timeout=30) == []
+    finally:
+        engine.thaw()
+
+
 # ---- ssh
 
 
