@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from api.logs import quiet_logs
 from api.node_cli import app as nodes
 from api.options import ClusterOption, DataDirOption, read_settings
 from api.snapshot_cli import app as snapshots
@@ -105,6 +106,7 @@ def instances(data_dir: DataDirOption = None, cluster: ClusterOption = None) -> 
 
 def main() -> None:
     """Run the command; what we raise on purpose becomes one message, without a stack trace."""
+    quiet_logs()
     try:
         app()
     except MachineuseError as error:

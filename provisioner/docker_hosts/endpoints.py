@@ -100,6 +100,7 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
         "it does not speak TLS",
         "Leave out the node's cert_path, or start the engine with --tlsverify.",
     ),
+    (r"Could not find", "a file of the node's cert_path is gone", "Put ca.pem, cert.pem and key.pem back there."),
     (r"KEY_VALUES_MISMATCH", "key.pem is not the key of cert.pem", _CLIENT_CERTIFICATE),
     (
         r"\[SSL\]|NO_CERTIFICATE_OR_CRL_FOUND|PEM lib",

@@ -50,6 +50,7 @@ _MOST_LETTERS = 300
 """Of an engine's words in a message; all of them are in the detail."""
 _UNREACHABLE_RESOLUTION = "Check that the node is up and that its Docker engine runs."
 _WANTS_TLS = "HTTP request to an HTTPS server"
+_FILE_GONE = "Could not find "
 _PORT_TAKEN = ("port is already allocated", "address already in use")
 _SILENCE = (
     requests.exceptions.ConnectionError,
@@ -77,7 +78,13 @@ class _Client(docker.APIClient):
         timeout = kwargs.get("timeout")
         if timeout is None or isinstance(timeout, int | float):
             kwargs["timeout"] = (self.connect_timeout_s, timeout)
-        return super().request(*args, **kwargs)
+        try:
+            return super().request(*args, **kwargs)
+        except OSError as error:
+            if _FILE_GONE not in str(error):
+                raise
+            # A certificate that is gone since: of all that may be wrong with one, requests has no error of its own.
+            raise requests.exceptions.SSLError(str(error)) from error
 
     def get_adapter(self, url: str) -> Any:
         adapter = super().get_adapter(url)

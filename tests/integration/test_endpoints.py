@@ -89,6 +89,20 @@ def test_without_a_certificate_nobody_is_let_in(secured: Engine, hosts: DockerHo
     assert "a file in cert_path is no certificate or key" in refusal(hosts.get(secured.url, cert_path="broken"))
 
 
+@pytest.mark.parametrize("file", ["ca.pem", "cert.pem", "key.pem"])
+def test_a_certificate_that_goes_while_it_is_in_use_is_told_of(
+    secured: Engine, hosts: DockerHosts, tmp_path: Path, file: str
+) -> None:
+    assert secured.cert_path is not None
+    shutil.copytree(secured.cert_path, tmp_path / "client")
+    host = hosts.get(secured.url, cert_path="client")
+    host.ping()
+    (tmp_path / "client" / file).rename(tmp_path / file)
+    assert "a file of the node's cert_path is gone" in refusal(host)
+    (tmp_path / file).rename(tmp_path / "client" / file)
+    host.ping()
+
+
 @pytest.mark.parametrize("days", [2, -1])
 def test_a_client_with_a_certificate_of_another_authority_or_an_expired_one_is_refused(
     secured: Engine, hosts: DockerHosts, tmp_path: Path, days: int
