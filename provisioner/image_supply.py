@@ -41,32 +41,8 @@ class ImageSupply:
             return
 
         started = time.monotonic()
-        pause_s, next_word_at = FIRST_WORD_S, started + FIRST_WORD_S
-
-        def tell(message: str) -> None:
-            kind = message.partition("ing ")[0].lower()  # pull, copy
-            self._ledger.events.add(kind, message=message, instance_id=instance_id, node_id=node.id)
-
-        def say(message: str) -> None:
-            log.info("bringing image", node=node.id, instance=instance_id, said=message)
-            tell(message)
-
-        def report(progress: str) -> None:
-            nonlocal pause_s, next_word_at
-            log.info("bringing image", node=node.id, instance=instance_id, progress=progress)
-            if time.monotonic() >= next_word_at:
-                pause_s *= 2
-                next_word_at = time.monotonic() + pause_s
-                tell(progress)
-
-        brought = bring_image(
-            target,
-            image,
-            tag=tag,
-            sources=self._sources(node),
-            say=say,
-            report=report,
-        )
+        teller = _Teller(self._ledger, node_id=node.id, instance_id=instance_id)
+        brought = bring_image(target, image, tag=tag, sources=self._sources(node), say=teller.say, report=teller.report)
         for name in {image, tag or image, brought.id}:
             self._ledger.node_images.note(node_id=node.id, name=name)
         log.info("image brought", image=image, node=node.id, seconds=round(time.monotonic() - started, 1))
@@ -90,3 +66,30 @@ class ImageSupply:
     def _sources(self, node: NodeSpec) -> list[DockerHost]:
         online = {known.id for known in self._ledger.nodes.list() if known.status is NodeStatus.ONLINE}
         return [self._hosts.of(other) for other in self._cluster.nodes if other.id != node.id and other.id in online]
+
+
+class _Teller:
+    """Tells of one image on its way: everything in the log; in events its begin, and ever more rarely how far it is."""
+
+    def __init__(self, ledger: Ledger, *, node_id: str, instance_id: str | None) -> None:
+        self._ledger = ledger
+        self._node_id = node_id
+        self._instance_id = instance_id
+        self._kind = ""
+        self._pause_s = FIRST_WORD_S
+        self._next_word_at = time.monotonic() + FIRST_WORD_S
+
+    def say(self, message: str) -> None:
+        log.info("bringing image", node=self._node_id, instance=self._instance_id, said=message)
+        self._kind = message.partition("ing ")[0]  # pull, copy
+        self._add_event(message)
+
+    def report(self, progress: str) -> None:
+        log.info("bringing image", node=self._node_id, instance=self._instance_id, progress=progress)
+        if time.monotonic() >= self._next_word_at:
+            self._pause_s *= 2
+            self._next_word_at = time.monotonic() + self._pause_s
+            self._add_event(progress)
+
+    def _add_event(self, message: str) -> None:
+        self._ledger.events.add(self._kind, message=message, instance_id=self._instance_id, node_id=self._node_id)

@@ -48,12 +48,10 @@ from provisioner.states import Wanted
 from stacks.cluster import declare
 from stacks.names import (
     NETWORK_TYPE,
-    NODE_IMAGE_TYPE,
     PROVIDER_TYPE,
     Names,
     network_name,
     node_if_there,
-    node_image_name,
     provider_name,
 )
 from stacks.spec import ClusterSpec, NodeSpec
@@ -273,7 +271,7 @@ class Reload:
             )
 
     def _leave_stack(self, node_ids: Collection[str], *, engine: Engine) -> bool:
-        """Take providers and networks of nodes that are gone out of the stack, and out of the snapshots made there."""
+        """Take what nodes that are gone had in the stack out of it, and the nodes out of the snapshots made there."""
         sleepers = [
             record
             for record in self._ledger.instances.all()
@@ -287,6 +285,7 @@ class Reload:
             if ref.node_id in node_ids
         ]
         nodes = [node_if_there(urn) for node_id in node_ids for urn in self._urns_of(node_id)]
+        nodes += [self._names.node_images(node_id) for node_id in node_ids]
         spec = self._cluster.spec
 
         async def program() -> None:
@@ -310,7 +309,7 @@ class Reload:
         """
         silent = [node.id for node in self._ledger.nodes.list() if node.status is NodeStatus.OFFLINE]
         urns = [self._names.urn(NETWORK_TYPE, network_name(node_id)) for node_id in silent]
-        urns += [self._names.urn(NODE_IMAGE_TYPE, node_image_name(node_id, "*")) for node_id in silent]
+        urns += [self._names.node_images(node_id) for node_id in silent]
         waiting = [r for r in self._ledger.instances.unsettled() if r.node_id in silent and r.wanted is Wanted.RUNNING]
         return urns + [urn for record in waiting for urn in all_urns(record, names=self._names)]
 

@@ -62,6 +62,10 @@ class Names:
         """Return the URN of one snapshot of an instance."""
         return self.child_urn(SNAPSHOT_TYPE, snapshot_name(instance_id, generation))
 
+    def node_images(self, node_id: str) -> str:
+        """Return a pattern for the URNs of all images on a node: one asterisk would end at the colon in a name."""
+        return self.urn(NODE_IMAGE_TYPE, node_image_name(node_id, "**"))
+
     def docker_network(self, ledger_id: str) -> str:
         """Return the name of the cluster's network on each node; two checkouts may share an engine."""
         return f"{PROJECT}-{self.cluster}-{ledger_id[:8]}"
@@ -89,7 +93,7 @@ def if_there(urn: str) -> str:
 
 
 def node_if_there(urn: str) -> str:
-    """Return a pattern that matches just this URN of a node's provider or network."""
+    """Return a pattern that matches just this URN of a node's provider, network or image."""
     kind, _, name = urn.rpartition("::")
     return f"{kind[:-1]}*::{name}"
 

@@ -76,8 +76,8 @@ def pull_image(host: DockerHost, name: str, *, report: Callable[[str], None] = l
 def _describe(name: str, *, layers: Mapping[str, tuple[int, int]], status: str) -> str:
     done, total = (sum(column) for column in zip(*layers.values(), strict=True)) if layers else (0, 0)
     if not total:
-        return f"Pulling {name}: {status.lower() or 'asking the registry'}"
-    return f"Pulling {name}: {done / 2**20:.0f} of {total / 2**20:.0f} MiB"
+        return f"{status.lower() or 'asking the registry'}: pulling {name}"
+    return f"{done / 1e6:.0f} of {total / 1e6:.0f} MB pulled of {name}"
 
 
 def _unknown(name: str, *, words: str) -> UnknownImage:

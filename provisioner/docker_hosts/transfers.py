@@ -130,6 +130,7 @@ def _counting(chunks: Iterator[bytes], *, name: str, total_bytes: int, report: R
         done += len(chunk)
         if time.monotonic() - reported >= REPORT_EVERY_S:
             reported = time.monotonic()
-            report(f"Copying {name}: {done / 1e6:.0f} of about {total_bytes / 1e6:.0f} MB")
+            # How far it is comes first: whatever shows this may have room for no more.
+            report(f"{min(done, total_bytes) / 1e6:.0f} of {total_bytes / 1e6:.0f} MB copied of {name}")
         yield chunk
-    report(f"Copying {name}: {done / 1e6:.0f} MB copied, unpacking")
+    report(f"{done / 1e6:.0f} MB copied, unpacking {name}")

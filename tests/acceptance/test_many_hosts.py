@@ -172,6 +172,7 @@ def test_a_node_that_does_not_let_us_in_says_why(
     for together in (("bare", "unknown", "locked"), ("stranger",), ("lost",)):  # no two nodes are the same host
         nodes = [{"id": node_id, **expected[node_id][0]} for node_id in together]
         service = start_service(nodes=nodes, heartbeat_s=0.3, node_timeout_s=2)
+        assert "could not be applied" not in service.log()  # nothing of theirs is in the first update
         listed = service.machineuse("node", "list").stdout.splitlines()
         for node_id in together:
             node = service.http.get(f"/v2/nodes/{node_id}").json()

@@ -212,8 +212,8 @@ def test_how_far_a_copy_is_can_be_seen_in_the_events_of_who_waits_for_it(
     nodes.supply.bring(nodes.poor, name, instance_id="mu-waits")
     said = [event.message for event in nodes.ledger.events.list(instance_id="mu-waits") if event.kind == "copy"]
     assert said[0] == f"copying {name} from {engines[0].url}, 20 MB"
-    assert said[1].endswith(" of about 20 MB")
-    assert said[-1].endswith(" MB copied, unpacking")
+    assert said[1].endswith(f" of 20 MB copied of {name}")
+    assert said[-1].endswith(f" MB copied, unpacking {name}")
 
 
 def test_a_restore_elsewhere_gets_the_very_image_that_the_changes_were_made_on(

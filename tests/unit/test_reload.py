@@ -148,7 +148,7 @@ def test_a_full_update_leaves_out_what_would_wait_for_a_silent_node(cell: Cell) 
     cell.ledger.nodes.observe("a", values={"status": NodeStatus.ONLINE})
     cell.write(AB.replace("}", ", bind_ip: 127.0.0.2}"))
     assert cell.engine.updates[-1] == ()
-    assert [urn.rsplit("::", 1)[1] for urn in cell.engine.excludes] == ["b-network", "b-image-*"]
+    assert [urn.rsplit("::", 1)[1] for urn in cell.engine.excludes] == ["b-network", "b-image-**"]
 
 
 def test_a_file_is_not_believed_while_it_is_written(cell: Cell) -> None:
@@ -177,7 +177,8 @@ def test_a_mistake_is_told_of_once_and_changes_nothing(cell: Cell) -> None:
 def test_a_removed_node_leaves_the_stack_and_is_forgotten(two: Cell) -> None:
     two.write(A)
     assert two.nodes() == (["a"], ["a"])
-    assert two.engine.updates == [(f"{PROVIDER_B[:-9]}*::node-b", f"{NETWORK_B[:-12]}*::b-network")]
+    images = "urn:pulumi:x::machineuse::machineuse:index:NodeImage::b-image-**"
+    assert two.engine.updates == [(f"{PROVIDER_B[:-9]}*::node-b", f"{NETWORK_B[:-12]}*::b-network", images)]
     assert two.events("node_removed") == ["node b was removed"]
 
 
