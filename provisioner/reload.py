@@ -54,7 +54,7 @@ from stacks.names import (
     node_if_there,
     provider_name,
 )
-from stacks.spec import ClusterSpec, NodeSpec
+from stacks.spec import Availability, ClusterSpec, NodeSpec
 
 log = structlog.get_logger(__name__)
 
@@ -162,6 +162,7 @@ class Reload:
         changed = [(node, now) for node in old.nodes if (now := spec.node(node.id)) is not None and now != node]
         moved = [now for was, now in changed if was.host != now.host]
         if not self._check(gone=[node.id for node in gone], moved=moved, nodes=spec.nodes):
+            self._close([node.id for node in gone])
             return False
         if added:
             self._refuse_known_engines(added, spec=spec)
@@ -179,6 +180,19 @@ class Reload:
             self._ledger.write_fact(APPLIED, fingerprint(spec))
         self._next_update.forget()
         return True
+
+    def _close(self, node_ids: Collection[str]) -> None:
+        """Let nothing new come to nodes that go once they are empty."""
+        spec = self._cluster.spec
+        nodes = tuple(
+            node.model_copy(update={"availability": Availability.CORDONED})
+            if node.id in node_ids and node.availability is Availability.ACTIVE
+            else node
+            for node in spec.nodes
+        )
+        if nodes != spec.nodes:
+            self._ledger.nodes.sync(nodes)
+            self._cluster.replace(spec.model_copy(update={"nodes": nodes}))
 
     def _check(self, *, gone: Iterable[str], moved: Iterable[NodeSpec], nodes: Iterable[NodeSpec]) -> bool:
         """Return whether these `nodes` may be taken over now; False while something leaves by itself.

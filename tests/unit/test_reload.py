@@ -21,6 +21,7 @@ from provisioner.ledger.records import NodeStatus, SnapshotRecord, SnapshotState
 from provisioner.reload import Reload
 from provisioner.settings import Settings
 from provisioner.states import Status, Wanted
+from stacks.spec import Availability
 from tests.support.records import make_record
 from tests.support.world import empty_ledger
 
@@ -242,6 +243,22 @@ def test_snapshots_of_who_sleeps_there_forget_the_node(two: Cell) -> None:
     two.write(A)
     assert two.nodes() == (["a"], ["a"])
     assert two.engine.updates[0][-1].endswith("machineuse:index:Snapshot::mu-b-snapshot-2")
+
+
+def test_nothing_new_comes_to_a_node_that_is_about_to_go(two: Cell) -> None:
+    two.add()
+    two.ledger.instances.change("mu-b", lambda r, _: lifecycle.wish_absent(r, force=True))
+    two.write(A)
+    assert two.nodes() == (["a", "b"], ["a", "b"])
+    closed = two.cluster.spec.node("b")
+    assert closed is not None
+    assert closed.availability is two.ledger.nodes.get("b").availability is Availability.CORDONED
+    two.write(AB)  # it is put back
+    assert two.cluster.spec.node("b").availability is Availability.ACTIVE  # type: ignore[union-attr]
+    two.write(A)
+    two.ledger.instances.change("mu-b", lambda r, _: lifecycle.note_gone(r))
+    two.look()
+    assert two.nodes() == (["a"], ["a"])
 
 
 def test_another_host_for_a_node_with_instances_needs_an_answer(two: Cell) -> None:
