@@ -88,7 +88,7 @@ def instances(data_dir: DataDirOption = None, cluster: ClusterOption = None) -> 
     table = Table(box=None, pad_edge=False)
     for column in ("id", "status", "node", "debug port", "stream port"):
         table.add_column(column, no_wrap=True)
-    for column in ("image", "under way", "error"):
+    for column in ("image", "under way"):
         table.add_column(column, overflow="fold")
     for record in records:
         ports = ("" if port is None else str(port) for port in (record.debug_port, record.stream_port))
@@ -99,9 +99,11 @@ def instances(data_dir: DataDirOption = None, cluster: ClusterOption = None) -> 
             *ports,
             record.image_requested,
             record.operation or "",
-            record.error_message or "",
         )
     Console().print(table)
+    for record in records:  # below the table: each is one line, however wide the terminal is
+        if record.error_message:
+            typer.echo(f"{record.id}: {record.error_message}")
 
 
 def main() -> None:

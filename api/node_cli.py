@@ -44,7 +44,7 @@ def list_nodes(data_dir: DataDirOption = None, cluster: ClusterOption = None) ->
     for node_id in sorted({record.node_id for record in records if record.body} - named):
         counts = _count(record for record in records if record.node_id == node_id and record.body)
         rows.append([node_id, seen[node_id].host if node_id in seen else "", "", "not in the file", counts, ""])
-        troubles.append((node_id, "It has instances: put it back into the file, and drain it."))
+        troubles.append((node_id, "It has instances: put it back and drain it, or give it up (remove --force)."))
     _show_table(("id", "host", "status", "availability", "instances", "labels"), rows)
     for node_id, trouble in troubles:  # below the table: each is one line, however wide the terminal is
         if trouble:
@@ -166,7 +166,7 @@ def remove(
     from provisioner.clustertext import remove_node
 
     settings = read_settings(data_dir=data_dir, cluster=cluster)
-    _node_of(settings, remove_node, node_id)  # refuses the last node, and one that is none, before anything is given up
+    named = _read(settings).node(node_id) is not None
     with _ledger(settings) as ledger:
         if ledger is None:
             raise LedgerMismatch(
@@ -176,6 +176,8 @@ def remove(
         from provisioner.leaving import bodies_on
 
         there = bodies_on(ledger, node_id=node_id)
+        if named or not there:
+            _node_of(settings, remove_node, node_id)  # refuses the last node, and one that is none
         if there and not force:
             raise Conflict(
                 f"Node {node_id} still has instances: {_count(there)}.",
@@ -185,7 +187,8 @@ def remove(
         if there:
             _give_up(ledger, there, yes=yes)
         sleeping = [record for record in ledger.instances.on_node(node_id) if not record.body]
-    _edit(settings, lambda text: remove_node(text, node_id))
+    if named:  # else somebody has taken it out of the file, and the service waits for what is there
+        _edit(settings, lambda text: remove_node(text, node_id))
     typer.echo(f"Node {node_id} is removed.")
     if sleeping:
         typer.echo(f"{len(sleeping)} dormant instance(s) slept there; they are revived elsewhere.")
