@@ -81,7 +81,7 @@ def _follow(
         for instance_id, what in now.moving.items():
             say_once(f"{instance_id}: {what}")
         for instance_id, why in now.stuck.items():
-            say_once(f"{instance_id} can't be moved now: {why}")
+            say_once(f"{instance_id} stays for now: {why}")
         if not runs:
             say_once("No service runs, and it is the service that moves instances: start it (`machineuse serve`).")
         elif is_away(node):

@@ -111,7 +111,7 @@ def test_each_change_is_one_line_off_a_terminal(
     drain_progress.follow(ledger, node_id="b", heartbeat_s=5)
     assert capsys.readouterr().out.splitlines() == [
         "2 instance(s) to move.",
-        "mu-2 can't be moved now: it has failed, and can't be moved: delete it",
+        "mu-2 stays for now: it has failed, and can't be moved: delete it",
         "mu-1: moving",
         "mu-1 has left. 1 to go.",
         "Node b does not answer: what is on it waits for it.",
@@ -149,4 +149,4 @@ def test_on_a_terminal_nothing_in_a_reason_is_markup(
     gone = [lambda: ledger.instances.change("mu", lambda r, _: lifecycle.note_gone(r))]
     monkeypatch.setattr(drain_progress.time, "sleep", lambda _: gone.pop()())
     drain_progress._follow_live(ledger, node_id="b", heartbeat_s=5)
-    assert f"mu can't be moved now: {why}\n" in capsys.readouterr().out
+    assert f"mu stays for now: {why}\n" in capsys.readouterr().out
