@@ -190,6 +190,11 @@ class DockerHost:
         with lock:
             yield
 
+    def is_locked(self, what: str) -> bool:
+        """Say whether somebody in this process holds it just now."""
+        with self._lock:
+            return what in self._locks and self._locks[what].locked()
+
     def _connect(
         self, *, timeout_s: float, version: str | None, connect_timeout_s: float | None = None
     ) -> docker.APIClient:

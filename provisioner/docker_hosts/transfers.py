@@ -43,7 +43,10 @@ def bring_image(
     each transfer that begins, `report` how far it is. Idempotent. Raises UnknownImage when it is nowhere to be had,
     NodeUnreachable for the engine itself, and DockerError when the copying fails: that is worth another try.
     """
-    with target.lock(f"image {name}"):
+    what = f"image {name}"
+    if target.is_locked(what):
+        say(f"waiting for {name}, which is on its way already")
+    with target.lock(what):
         found = find_image(target, name)
         if found is None:
             found = _bring(target, name, sources=sources, say=say, report=report)

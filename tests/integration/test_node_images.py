@@ -7,6 +7,7 @@ import os
 import secrets
 import tarfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from stacks.spec import ClusterSpec, NodeSpec
 from tests.support.engines import Engine
 from tests.support.records import make_record
 from tests.support.tiny_image import make_tiny_image
+from tests.support.watched import wait_until
 
 MB = 10**6
 HELPER = "machineuse-test-helper:latest"
@@ -124,6 +126,20 @@ def test_an_image_that_nobody_has_is_unknown_and_a_node_that_is_away_is_not_wait
     assert bring_image(poor, name, sources=[away, rich]).id
     with pytest.raises(NodeUnreachable):
         bring_image(away, name, sources=[rich])
+
+
+def test_who_comes_while_an_image_is_on_its_way_waits_for_it_and_says_so(
+    engines: tuple[Engine, Engine], rich: DockerHost, poor: DockerHost
+) -> None:
+    name = make_image(engines[0])
+    said: list[str] = []
+    with ThreadPoolExecutor(1) as pool:
+        with poor.lock(f"image {name}"):
+            second = pool.submit(bring_image, poor, name, sources=[rich], say=said.append)
+            wait_until(lambda: said, what="it says that it waits")
+            assert said == [f"waiting for {name}, which is on its way already"]
+            assert not second.done()
+        assert second.result(timeout=60) == find_image(poor, name)
 
 
 @pytest.mark.parametrize("which", [0, 1])
