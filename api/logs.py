@@ -64,7 +64,7 @@ def quiet_logs() -> None:
     """Leave warnings only, on standard error: for commands, whose output people read."""
     structlog.configure(
         wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
     )
 
 

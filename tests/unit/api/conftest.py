@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from fastapi.testclient import TestClient
 from pydantic import SecretStr
 
@@ -23,6 +24,13 @@ from provisioner.settings import Settings
 from stacks.spec import BROWSER_IMAGE, DEFAULT_IMAGE, ClusterSpec, NodeSpec
 
 GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_before() -> Iterator[None]:
+    """Take back what a command or a service has made of the logs of its process."""
+    yield
+    structlog.reset_defaults()
 
 
 class FakeCatalogue:

@@ -16,7 +16,7 @@ import structlog
 from typer.testing import CliRunner
 
 from api import cli
-from api.logs import configure_logs
+from api.logs import configure_logs, quiet_logs
 from api.ports import bind_port
 from api.serve import only_service
 from provisioner.errors import SettingsError, SetupError
@@ -28,12 +28,11 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture
-def _logs_as_before() -> Iterator[None]:
+def _handlers_as_before() -> Iterator[None]:
     before = logging.getLogger().handlers[:]
     yield
     logging.getLogger().handlers[:] = before
     logging.getLogger().setLevel(logging.WARNING)
-    structlog.reset_defaults()
 
 
 def test_a_busy_port_is_one_clear_sentence_naming_who_has_it() -> None:
@@ -66,7 +65,7 @@ def test_a_second_service_on_the_same_data_is_refused(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.usefixtures("_logs_as_before")
+@pytest.mark.usefixtures("_handlers_as_before")
 def test_a_terminal_gets_one_readable_line_an_event() -> None:
     stream = Terminal()
     configure_logs(log_format="auto", stream=stream)
@@ -76,7 +75,20 @@ def test_a_terminal_gets_one_readable_line_an_event() -> None:
     assert not line.startswith("{")
 
 
-@pytest.mark.usefixtures("_logs_as_before")
+def test_commands_say_warnings_only_on_what_standard_error_is_by_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, now = io.StringIO(), io.StringIO()
+    monkeypatch.setattr("sys.stderr", before)
+    quiet_logs()
+    monkeypatch.setattr("sys.stderr", now)
+    before.close()
+    log = structlog.get_logger("provisioner.test")
+    log.info("of no interest")
+    log.warning("take note")
+    assert "take note" in now.getvalue()
+    assert "of no interest" not in now.getvalue()
+
+
+@pytest.mark.usefixtures("_handlers_as_before")
 def test_elsewhere_and_in_the_file_it_is_json(tmp_path: Path) -> None:
     stream = io.StringIO()
     configure_logs(log_format="auto", directory=tmp_path / "logs", stream=stream)

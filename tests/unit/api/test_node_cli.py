@@ -1,58 +1,108 @@
-"""`machineuse node` where the cluster's file and the ledger disagree; its everyday is in the acceptance tests."""
+"""`machineuse node` without a service: what it shows of nodes that can't be reached, and what it refuses to add."""
 
 from __future__ import annotations
 
-import json
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from api import node_cli
-from provisioner.errors import Conflict, NotFound, UnknownNode
+from api.cli import main
+from provisioner.clusterfile import path_of
 from provisioner.ledger import Ledger
 from provisioner.ledger.records import NodeStatus
 from provisioner.settings import Settings
-from provisioner.states import Wanted
 from stacks.spec import NodeSpec
-from tests.support.records import make_record
+from tests.support.ports import free_port
+
+FAR = NodeSpec(id="b", host="tcp://[fd00::3]:2376", labels={"note": "[/bold]"})
+WHY = "The Docker engine at tcp://[fd00::3]:2376 does not answer: " + "it refuses our client certificate. " * 5
+Run = Callable[..., tuple[object, list[str], list[str]]]
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Give a cluster with an instance on a node that the file does not name."""
+def ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ledger]:
+    """Give the ledger of a cluster of two nodes, one of which did not answer."""
     monkeypatch.setenv("MACHINEUSE_PROJECT_DIR", str(tmp_path))
-    monkeypatch.setenv("MACHINEUSE_DATA_DIR", str(tmp_path / "data"))
-    (tmp_path / "Pulumi.local.yaml").write_text(json.dumps({"config": {"cluster:nodes": [{"id": "a"}]}}))
-    (tmp_path / "data").mkdir()
-    ledger = Ledger.create(Settings().ledger_location)
-    ledger.nodes.sync([NodeSpec(id="a"), NodeSpec(id="b", host="unix:///b")])
-    ledger.nodes.observe("b", values={"status": NodeStatus.OFFLINE})
-    ledger.instances.create(lambda _: (make_record(id="mu-b", node_id="b"), "test"))
+    monkeypatch.setenv("MACHINEUSE_CLUSTER", "x")
+    nodes = [NodeSpec(id="a"), FAR]
+    said = [f"    - {node.model_dump_json(exclude_defaults=True)}\n" for node in nodes]
+    path_of(tmp_path, cluster="x").write_text("config:\n  cluster:nodes:\n" + "".join(said))
+    location = Settings().ledger_location
+    assert isinstance(location, Path)
+    ledger = Ledger.create(location)
+    ledger.nodes.sync(nodes)
+    ledger.nodes.observe("b", values={"status": NodeStatus.OFFLINE, "error": WHY, "labels": FAR.labels})
+    yield ledger
     ledger.close()
-    return tmp_path
 
 
-def remove(*arguments: str) -> Result:
-    return CliRunner().invoke(node_cli.app, ["remove", *arguments])
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Give a function that runs the command: exit code, lines of output, lines of errors."""
+
+    def run(*arguments: str) -> tuple[object, list[str], list[str]]:
+        monkeypatch.setattr(sys, "argv", ["machineuse", "node", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        return ended.value.code, out.splitlines(), err.splitlines()
+
+    return run
 
 
-def test_what_is_on_a_node_that_left_the_file_can_be_given_up(project: Path) -> None:
-    before = (project / "Pulumi.local.yaml").read_text()
-    refused = remove("b")
-    assert isinstance(refused.exception, Conflict)
-    assert "remove b --force" in refused.exception.explain()
-
-    done = remove("b", "--force", "--yes")
-    assert done.exit_code == 0, done.output
-    assert "mu-b is LOST" in done.output
-    ledger = Ledger.open(Settings().ledger_location)
-    assert ledger.instances.get("mu-b").wanted is Wanted.ABSENT
-    ledger.close()
-    assert (project / "Pulumi.local.yaml").read_text() == before
+@pytest.mark.usefixtures("ledger")
+@pytest.mark.parametrize("columns", ["40", "80"])
+def test_a_node_that_can_not_be_reached_says_why_in_one_line(
+    run: Run, columns: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    code, out, _ = run("list")
+    assert code == 0
+    assert f"b: {WHY}" in out
+    (row,) = [line for line in out if line.startswith("b ")]
+    assert row.split() == ["b", FAR.host, "offline", "active", "none", "note=[/bold]"]
 
 
-@pytest.mark.usefixtures("project")
-@pytest.mark.parametrize("arguments", [("c",), ("c", "--force", "--yes")])
-def test_what_never_was_a_node_is_refused(arguments: tuple[str, ...]) -> None:
-    assert isinstance(remove(*arguments).exception, NotFound | UnknownNode)
+@pytest.mark.usefixtures("ledger")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--host", "unix:///nobody.sock"), "Node 'c' is not added: The Docker engine at unix:///nobody.sock"),
+        (("--host", "unix:///nobody.sock"), "there is no such socket."),
+        (("--host", f"tcp://127.0.0.1:{free_port()}"), "nothing listens there."),
+        (("--host", "tcp://127.0.0.1:1", "--cert-path", "nowhere"), "/nowhere/ca.pem can't be read"),
+        (("--host", "tcp://127.0.0.1:99999"), "node 'c': host: it should be "),
+        (("--host", "tcp://[::1"), "node 'c': host: it should be "),
+        (("--host", "unix:///var/run/docker.sock"), "node 'c': node 'a' has the host unix:///var/run/docker.sock"),
+        (("--host", "ssh://h", "--bind-ip", "::", "--address", "fd00::3"), "'b' has the ports 21000-24999 of fd00::3."),
+        (("--host", "unix:///x", "--address", "localhost", "--ports", "24999-30000"), "'a' has the ports 24999-24999"),
+    ],
+)
+def test_what_can_not_be_added_is_said_in_one_line_with_the_node(
+    run: Run, arguments: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = path_of(tmp_path, cluster="x").read_bytes()
+    more = () if "--ports" in arguments or "fd00::3" in arguments else ("--ports", "30000-30999")
+    code, _, err = run("add", "c", *arguments, *more)
+    assert code == 1
+    (line,) = err
+    assert line.startswith("machineuse: ")
+    assert "ode 'c'" in line
+    assert said in line
+    assert path_of(tmp_path, cluster="x").read_bytes() == before
+
+
+@pytest.mark.usefixtures("ledger")
+def test_certificates_are_found_from_wherever_the_command_was_run(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    code, out, err = run("add", "c", "--host", "tcp://127.0.0.1:2376", "--cert-path", "certs/c", "--unchecked")
+    assert (code, err) == (0, [])
+    assert "Node c is added." in out
+    assert f"cert_path: {elsewhere}/certs/c" in path_of(tmp_path, cluster="x").read_text()
