@@ -218,7 +218,7 @@ def test_a_new_node_gets_the_catalogues_images_and_no_node_leaves_anything_to_pr
         assert_unchanged(service)
         copied = [message for kind, message in events_of(service) if kind == "copy" and BROWSER_IMAGE in message]
         assert copied[0].startswith(f"copying {BROWSER_IMAGE} from ")
-        assert any(" of about " in message for message in copied)
+        assert any(" MB copied of " in message for message in copied)
         for command in ("cordon", "uncordon"):
             run(service, command, "bare")
             until(lambda: events_of(service)[-1][0] == "node_changed")
