@@ -144,7 +144,7 @@ def test_a_life_on_a_cloud_volume(cloudy: Service, emulator: Emulator, disks: Lo
     assert cloudy.delete(instance["id"]).status_code == 200
     assert (volumes_of(emulator, cloudy), snapshots_of(emulator, cloudy)) == ([], [])
     until(lambda: not disks.devices)
-    assert disks.links() == []
+    assert disks.held() == []
     assert disks.failures == []
     assert cloudy.urns() == [urn for urn in cloudy.urns() if instance["id"] not in urn]
 

@@ -99,9 +99,10 @@ class LoopDisks:
         """Return the devices that there are now, by volume."""
         return dict(self._devices)
 
-    def links(self) -> list[Path]:
-        """Return the links of volumes that there are now, anybody's."""
-        return sorted(LINKS.glob("nvme-Amazon_Elastic_Block_Store_*"))
+    def held(self) -> list[str]:
+        """Return the files of ours that a loop device still has: one that is mounted stays after it is detached."""
+        files = _run("losetup", "--list", "--noheadings", "--output", "BACK-FILE").splitlines()
+        return sorted(file for file in files if file.startswith(f"{self._root}/"))
 
     def _run(self) -> None:
         while not self._stopping.wait(_POLL_S):
