@@ -81,7 +81,7 @@ def main() -> None:
         project = Path(directory)
         for name in ("Pulumi.yaml", "stacks", "provisioner", "images", ".venv"):
             (project / name).symlink_to(Path.cwd() / name)
-        service = Service(project, settings={"memory_overcommit": "8", "sample_s": "3600"})
+        service = Service(project, settings={"memory_overcommit": "8"})
         try:
             service.start()
             for _ in range(options.instances):
