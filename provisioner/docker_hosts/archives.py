@@ -43,31 +43,44 @@ MOST_PAUSED_S = 60
 _HELPER_LIFE_S = 600
 """When a helper that a crash left ends by itself."""
 
+# A copy is not forced to the disk, which may take as long as anybody's writing on that node. So it is good until the
+# node starts anew: the stamp tells since when the node is up. What a power cut left of a copy is never taken for whole.
+_WRITE_STAMP = 'printf "%s %s" "$STAMP" "$(cat /proc/sys/kernel/random/boot_id)" > "/to/$STAMP_NAME"'
 # The number of entries is printed first: it is what the archive of the same directory is compared with.
-_COPY = r"""
+_COPY = (
+    r"""
 set -eu
 rm -rf "/to/$STAMP_NAME" /to/home "/to/$HOME_NAME"
 find /from ! -type s -print0 | tr -dc '\0' | wc -c
 mkdir "/to/$HOME_NAME"
 cp -a /from/. "/to/$HOME_NAME/"
-printf %s "$STAMP" > "/to/$STAMP_NAME"
 """
+    + _WRITE_STAMP
+)
 # The same in three: what can be done before and after is not done while the container is paused.
 _CLEAR_COPY = 'rm -rf "/to/$STAMP_NAME" /to/home "/to/$HOME_NAME" && mkdir "/to/$HOME_NAME"'
 _COPY_PAUSED = 'timeout "$MOST_S" cp -a /from/. "/to/$HOME_NAME/"'
-_STAMP_COPY = r"""
+_STAMP_COPY = (
+    r"""
 set -eu
 find "/to/$HOME_NAME" ! -type s -print0 | tr -dc '\0' | wc -c
-printf %s "$STAMP" > "/to/$STAMP_NAME"
 """
+    + _WRITE_STAMP
+)
 _FILL = r"""
 set -eu
 [ -f "/from/$STAMP_NAME" ] || { echo "The node has no complete copy of the snapshot."; exit 3; }
-[ "$(cat "/from/$STAMP_NAME")" = "$STAMP" ] || { echo "The node's copy is not of this snapshot."; exit 3; }
+stamp=; boot=
+read -r stamp boot < "/from/$STAMP_NAME" || true
+[ "$stamp" = "$STAMP" ] || { echo "The node's copy is not of this snapshot."; exit 3; }
+[ "$boot" = "$(cat /proc/sys/kernel/random/boot_id)" ] || {
+    echo "The node was started anew after its copy was made."
+    exit 3
+}
+entries=$(find "/from/$HOME_NAME" ! -type s -print0 | tr -dc '\0' | wc -c)
+[ "$entries" = "$ENTRIES" ] || { echo "The node's copy has $entries entries, the snapshot $ENTRIES."; exit 3; }
 find /to -mindepth 1 -delete
-home="/from/$HOME_NAME"
-[ -d "$home" ] || home=/from/home  # as copies were made before
-cp -a "$home/." /to/
+cp -a "/from/$HOME_NAME/." /to/
 find /to \( -name SingletonLock -o -name SingletonCookie -o -name SingletonSocket \) ! -type d -delete
 printf %s "$MARK" > "/to/$MARK_NAME"
 """
@@ -227,7 +240,8 @@ class DockerMachine:
         except DockerNotFound:
             return None
         with self._helper(copy, mounts={"/from": copy}) as helper:
-            return self._read_small(helper, f"/from/{_STAMP}")
+            text = self._read_small(helper, f"/from/{_STAMP}")
+        return text.split(" ")[0] if text else None
 
     def remove_copy(self, copy: str) -> None:
         """Remove a copy volume and helpers that still hold it. Idempotent."""
@@ -248,11 +262,11 @@ class DockerMachine:
         with self._helper(volumes.home, mounts={"/to": volumes.home}) as helper:
             return HomeFacts(mark=self._read_small(helper, f"/to/{MARK_NAME}"), used_by=used_by, ran=ran)
 
-    def fill_home(self, volumes: Volumes, *, stamp: str, mark: str) -> str | None:
+    def fill_home(self, volumes: Volumes, *, stamp: str, entries: int, mark: str) -> str | None:
         """Empty the home volume, fill it from the copy volume, remove Chromium's locks, and leave `mark` there last.
 
-        Returns None, or, with the home volume untouched, why the copy can't be used: it is not there, or not the one
-        that bears `stamp`.
+        Returns None, or, with the home volume untouched, why the copy can't be used: it is not there, not the one that
+        bears `stamp`, older than the node's last start, or has not as many `entries` (sockets aside).
         """
         self._check_volume(volumes.home)
         try:
@@ -264,7 +278,13 @@ class DockerMachine:
             _FILL,
             mounts={"/from": volumes.copy, "/to": volumes.home},
             read_only=("/from",),
-            environment={"STAMP": stamp, "MARK": mark, "MARK_NAME": MARK_NAME, **_names(volumes)},
+            environment={
+                "STAMP": stamp,
+                "ENTRIES": str(entries),
+                "MARK": mark,
+                "MARK_NAME": MARK_NAME,
+                **_names(volumes),
+            },
         )
         if code == _NO_COPY:
             return _last_line(output)

@@ -149,11 +149,11 @@ class Machine(Protocol):
         """Look into a home volume; raises `DockerNotFound` when there is none."""
         ...
 
-    def fill_home(self, volumes: Volumes, *, stamp: str, mark: str) -> str | None:
+    def fill_home(self, volumes: Volumes, *, stamp: str, entries: int, mark: str) -> str | None:
         """Empty the home volume, fill it from the copy volume, remove Chromium's locks, and leave `mark` there last.
 
-        Returns None, or, with the home volume untouched, why the copy can't be used: it is not there, or not the one
-        that bears `stamp`.
+        Returns None, or, with the home volume untouched, why the copy can't be used: it is not there, not the one that
+        bears `stamp`, older than the node's last start, or has not as many `entries` (sockets aside).
         """
         ...
 

@@ -152,6 +152,7 @@ class _Restoring:
             return self.machine.fill_home(
                 self.request.volumes,
                 stamp=self.manifest.home.sha256,
+                entries=self.manifest.home.entries,
                 mark=self._mark(Method.QUICK_START, None).model_dump_json(),
             )
         except DockerError as error:

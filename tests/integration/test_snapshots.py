@@ -391,11 +391,21 @@ def test_a_half_filled_copy_is_not_used(node: Node) -> None:
     assert result.fallback_reason == "The node has no complete copy of the snapshot."
 
 
-def test_a_copy_that_an_earlier_version_made_is_used(node: Node) -> None:
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("sed -i 's/ .*/ another-boot/' .complete", "The node was started anew after its copy was made."),
+        ("rm machine/file", "The node's copy has 5 entries, the snapshot 6."),
+        (": > .complete", "The node's copy is not of this snapshot."),
+    ],
+    ids=["a power cut may have come between", "a file is gone", "the stamp is empty"],
+)
+def test_a_copy_that_may_not_be_whole_any_more_is_not_used(node: Node, script: str, reason: str) -> None:
     node.run_body(script="echo kept > file")
     node.capture().run()
-    node.run(BROWSER_IMAGE, "mv", "/home-volume/machine", "/home-volume/home", volume=node.volumes.copy)
-    assert node.restore(Method.QUICK_START, f"{node.volumes.home}-2").method_used is Method.QUICK_START
+    node.run(BROWSER_IMAGE, "sh", "-c", f"cd /home-volume && {script}", volume=node.volumes.copy)
+    result = node.restore(Method.QUICK_START, f"{node.volumes.home}-2")
+    assert (result.method_used, result.fallback_reason) == (Method.FULL_RESTORE, reason)
     assert node.content(f"{node.volumes.home}-2") == node.content(node.volumes.home)
 
 

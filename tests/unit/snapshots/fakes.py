@@ -136,6 +136,9 @@ class FakeMachine:
 
     def stamp_copy(self, volumes: Volumes, *, stamp: str) -> int:
         (self.volume(volumes.copy) / ".complete").write_text(stamp)
+        return self._count_entries(volumes)
+
+    def _count_entries(self, volumes: Volumes) -> int:
         return sum(1 for _ in (self.volume(volumes.copy) / "home").rglob("*")) + 1
 
     def _fill_copy(self, volumes: Volumes) -> None:
@@ -162,12 +165,14 @@ class FakeMachine:
             ran=frozenset(name for name, each in users.items() if each.starts),
         )
 
-    def fill_home(self, volumes: Volumes, *, stamp: str, mark: str) -> str | None:
+    def fill_home(self, volumes: Volumes, *, stamp: str, entries: int, mark: str) -> str | None:
         found = self.read_stamp(volumes.copy)
         if found != stamp:
             return (
                 "The node has no copy of the snapshot." if found is None else "The node's copy is not of this snapshot."
             )
+        if (there := self._count_entries(volumes)) != entries:
+            return f"The node's copy has {there} entries, the snapshot {entries}."
         home = self._emptied(volumes.home)
         shutil.copytree(self.volume(volumes.copy) / "home", home, symlinks=True, dirs_exist_ok=True)
         for path in home.rglob("*"):
