@@ -7,9 +7,8 @@ others' parts.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from api.options import ClusterOption, DataDirOption, read_settings
+from api.tables import show_table
 from provisioner.errors import Conflict, DockerError, InvalidRequest, LedgerMismatch, NotFound
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ def list_nodes(data_dir: DataDirOption = None, cluster: ClusterOption = None) ->
         counts = _count(record for record in records if record.node_id == node_id and record.body)
         rows.append([node_id, seen[node_id].host if node_id in seen else "", "", "not in the file", counts, ""])
         troubles.append((node_id, "It has instances: put it back and drain it, or give it up (remove --force)."))
-    _show_table(("id", "host", "status", "availability", "instances", "labels"), rows)
+    columns = ("id", "host", "status", "availability", "instances", "labels")
+    show_table(columns, rows, folding=("instances", "labels"))
     for node_id, trouble in troubles:  # below the table: each is one line, however wide the terminal is
         if trouble:
             typer.echo(f"{node_id}: {trouble}")
@@ -270,20 +271,6 @@ def _row(node: NodeSpec, *, seen: NodeRecord | None, records: list[InstanceRecor
         _count(record for record in records if record.node_id == node.id),
         ", ".join(f"{key}={value}" for key, value in sorted({**(seen.labels if seen else {}), **node.labels}.items())),
     ]
-
-
-def _show_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table as wide as the terminal, or as wide as it is where a program reads it."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold", no_wrap=column not in ("instances", "labels"))
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # nothing in a name is markup
-    Console(width=None if sys.stdout.isatty() else 10_000).print(table)
 
 
 def _count(records: Any) -> str:
