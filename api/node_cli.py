@@ -8,7 +8,7 @@ others' parts.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -98,12 +98,9 @@ def add(
     }
     entry = {key: value for key, value in given.items() if value is not None}
     _refuse_unreachable_ports(host, bind_ip=bind_ip)
-    node = _node_of(settings, add_node, entry)  # refuses what is wrong with it before the engine is asked
-    assert node is not None
-    spec = _read(settings)
-    _refuse_ports_of_others(spec, node)
+    spec = _try(settings, lambda text: add_node(text, entry))  # refuses what is wrong before the engine is asked
     if not unchecked:
-        typer.echo(_ask_engine(settings, spec, node))
+        typer.echo(_ask_engine(settings, spec, spec.nodes[-1]))
     _edit(settings, lambda text: add_node(text, entry))
     typer.echo(f"Node {node_id} is added.")
     _tell_next(settings)
@@ -165,20 +162,23 @@ def remove(
 ) -> None:
     """Remove an empty node. Dormant instances that slept there stay, and are revived elsewhere."""
     from provisioner.clustertext import remove_node
+    from provisioner.leaving import bodies_on
 
     settings = read_settings(data_dir=data_dir, cluster=cluster)
-    named = _read(settings).node(node_id) is not None
     with _ledger(settings) as ledger:
         if ledger is None:
             raise LedgerMismatch(
                 "There is no ledger, so whether the node is empty is unknown.",
                 resolution="Set MACHINEUSE_DATA_DIR to the service's data directory.",
             )
-        from provisioner.leaving import bodies_on
-
         there = bodies_on(ledger, node_id=node_id)
-        if named or not there:
-            _node_of(settings, remove_node, node_id)  # refuses the last node, and one that is none
+        named = True
+        try:
+            _try(settings, lambda text: remove_node(text, node_id))  # refuses the last node, and one that is none
+        except NotFound:
+            if not there:
+                raise
+            named = False  # somebody has taken it out of the file, and the service waits for what is there
         if there and not force:
             raise Conflict(
                 f"Node {node_id} still has instances: {_count(there)}.",
@@ -188,7 +188,7 @@ def remove(
         if there:
             _give_up(ledger, there, yes=yes)
         sleeping = [record for record in ledger.instances.on_node(node_id) if not record.body]
-    if named:  # else somebody has taken it out of the file, and the service waits for what is there
+    if named:
         _edit(settings, lambda text: remove_node(text, node_id))
     typer.echo(f"Node {node_id} is removed.")
     if sleeping:
@@ -205,20 +205,19 @@ def _read(settings: Settings) -> ClusterSpec:
     return read_cluster(settings.project_dir, cluster=settings.cluster)
 
 
-def _edit(settings: Settings, change: Any) -> ClusterSpec:
+def _edit(settings: Settings, change: Callable[[str], str]) -> ClusterSpec:
     from provisioner.clusteredit import edit_cluster
 
     return edit_cluster(settings.project_dir, cluster=settings.cluster, change=change)
 
 
-def _node_of(settings: Settings, change: Any, argument: Any) -> NodeSpec | None:
-    """Try an edit without writing it; return the node that it names, as it then is. Raises what the edit would."""
+def _try(settings: Settings, change: Callable[[str], str]) -> ClusterSpec:
+    """Return the cluster as an edit would make it, which is not written. Raises what the edit would."""
     from provisioner.clusterfile import parse_cluster, path_of, read_text
 
     _read(settings)
     path = path_of(settings.project_dir, cluster=settings.cluster)
-    spec = parse_cluster(change(read_text(path), argument), cluster=settings.cluster, file=path.name)
-    return spec.node(argument["id"]) if isinstance(argument, dict) else None
+    return parse_cluster(change(read_text(path)), cluster=settings.cluster, file=path.name)
 
 
 def _set(settings: Settings, node_id: str, availability: Availability, *, said: str) -> None:
@@ -294,7 +293,7 @@ def _ask_engine(settings: Settings, spec: ClusterSpec, node: NodeSpec) -> str:
         raise type(error)(f"Node '{node.id}' is not added: {error.message}", resolution=resolution) from error
     finally:
         hosts.close()
-    if owner is not None and spec.node(owner) is not None:
+    if owner not in (None, node.id) and spec.node(str(owner)) is not None:
         raise Conflict(
             f"Node '{node.id}' is not added: behind {node.host} is the engine of node '{owner}'.",
             resolution=f"To reach node '{owner}' that way, change its host in the cluster's file.",
@@ -304,17 +303,6 @@ def _ask_engine(settings: Settings, spec: ClusterSpec, node: NodeSpec) -> str:
         f"Its engine answers: {info.get('Name')}, Docker {info.get('ServerVersion')}, {info.get('NCPU')} CPUs,"
         f" {memory_gb:.0f} GB."
     )
-
-
-def _refuse_ports_of_others(spec: ClusterSpec, node: NodeSpec) -> None:
-    """Refuse ports at which clients find another node's instances: they would end in somebody else's browser."""
-    for other in spec.nodes:
-        first, last = max(node.ports.first, other.ports.first), min(node.ports.last, other.ports.last)
-        if other.address == node.address and first <= last:
-            raise Conflict(
-                f"Node '{node.id}' is not added: node '{other.id}' has the ports {first}-{last} of {node.address}.",
-                resolution="Give --ports, or another --address.",
-            )
 
 
 def _refuse_unreachable_ports(host: str, *, bind_ip: str | None) -> None:
