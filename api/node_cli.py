@@ -162,7 +162,7 @@ def remove(
 ) -> None:
     """Remove an empty node. Dormant instances that slept there stay, and are revived elsewhere."""
     from provisioner.clustertext import remove_node
-    from provisioner.leaving import bodies_on
+    from provisioner.leaving import bodies_on, is_away
 
     settings = read_settings(data_dir=data_dir, cluster=cluster)
     with _ledger(settings) as ledger:
@@ -188,11 +188,16 @@ def remove(
         if there:
             _give_up(ledger, there, yes=yes)
         sleeping = [record for record in ledger.instances.on_node(node_id) if not record.body]
+        away = is_away(next((node for node in ledger.nodes.list() if node.id == node_id), None))
     if named:
         _edit(settings, lambda text: remove_node(text, node_id))
     typer.echo(f"Node {node_id} is removed.")
     if sleeping:
-        typer.echo(f"{len(sleeping)} dormant instance(s) slept there; they are revived elsewhere.")
+        typer.echo(
+            f"{len(sleeping)} dormant instance(s) slept there; they are revived elsewhere, from the snapshot store."
+        )
+    if away:
+        typer.echo("It does not answer: what it has of this cluster (copies of profiles too) stays on its disk.")
     _tell_next(settings)
 
 
