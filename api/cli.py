@@ -13,9 +13,11 @@ from api.logs import quiet_logs
 from api.node_cli import app as nodes
 from api.options import ClusterOption, DataDirOption, read_settings
 from api.snapshot_cli import app as snapshots
+from api.tables import show_table
 from provisioner.errors import MachineuseError
 
 if TYPE_CHECKING:
+    from provisioner.ledger.records import InstanceRecord
     from provisioner.settings import Settings
 
 app = typer.Typer(
@@ -74,9 +76,6 @@ def pulumi(context: typer.Context) -> None:
 @app.command()
 def instances(data_dir: DataDirOption = None, cluster: ClusterOption = None) -> None:
     """List the instances that the ledger knows, whether the service runs or not."""
-    from rich.console import Console
-    from rich.table import Table
-
     from provisioner.ledger import Ledger
 
     settings = read_settings(data_dir=data_dir, cluster=cluster)
@@ -85,22 +84,8 @@ def instances(data_dir: DataDirOption = None, cluster: ClusterOption = None) -> 
         records = ledger.instances.all()
     finally:
         ledger.close()
-    table = Table(box=None, pad_edge=False)
-    for column in ("id", "status", "node", "debug port", "stream port"):
-        table.add_column(column, no_wrap=True)
-    for column in ("image", "under way"):
-        table.add_column(column, overflow="fold")
-    for record in records:
-        ports = ("" if port is None else str(port) for port in (record.debug_port, record.stream_port))
-        table.add_row(
-            record.id,
-            record.status.value,
-            record.node_id,
-            *ports,
-            record.image_requested,
-            record.operation or "",
-        )
-    Console().print(table)
+    columns = ("id", "status", "node", "debug port", "stream port", "image", "under way")
+    show_table(columns, [_row(record) for record in records], folding=("image", "under way"))
     for record in records:  # below the table: each is one line, however wide the terminal is
         if record.error_message:
             typer.echo(f"{record.id}: {record.error_message}")
@@ -115,6 +100,12 @@ def main() -> None:
         detail = f"\n{error.detail}" if error.detail else ""
         print(f"machineuse: {error.explain()}{detail}", file=sys.stderr)  # noqa: T201
         sys.exit(1)
+
+
+def _row(record: InstanceRecord) -> list[str]:
+    ports = ["" if port is None else str(port) for port in (record.debug_port, record.stream_port)]
+    shown = [record.id, record.status.value, record.node_id, *ports]
+    return [*shown, record.image_requested, record.operation or ""]
 
 
 def _pulumi_environment(settings: Settings) -> dict[str, str]:

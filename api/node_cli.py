@@ -7,9 +7,8 @@ others' parts.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from api.options import ClusterOption, DataDirOption, read_settings
+from api.tables import show_table
 from provisioner.errors import Conflict, DockerError, InvalidRequest, LedgerMismatch, NotFound
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ def list_nodes(data_dir: DataDirOption = None, cluster: ClusterOption = None) ->
         counts = _count(record for record in records if record.node_id == node_id and record.body)
         rows.append([node_id, seen[node_id].host if node_id in seen else "", "", "not in the file", counts, ""])
         troubles.append((node_id, "It has instances: put it back and drain it, or give it up (remove --force)."))
-    _show_table(("id", "host", "status", "availability", "instances", "labels"), rows)
+    columns = ("id", "host", "status", "availability", "instances", "labels")
+    show_table(columns, rows, folding=("instances", "labels"))
     for node_id, trouble in troubles:  # below the table: each is one line, however wide the terminal is
         if trouble:
             typer.echo(f"{node_id}: {trouble}")
@@ -97,12 +98,9 @@ def add(
     }
     entry = {key: value for key, value in given.items() if value is not None}
     _refuse_unreachable_ports(host, bind_ip=bind_ip)
-    node = _node_of(settings, add_node, entry)  # refuses what is wrong with it before the engine is asked
-    assert node is not None
-    spec = _read(settings)
-    _refuse_ports_of_others(spec, node)
+    spec = _try(settings, lambda text: add_node(text, entry))  # refuses what is wrong before the engine is asked
     if not unchecked:
-        typer.echo(_ask_engine(settings, spec, node))
+        typer.echo(_ask_engine(settings, spec, spec.nodes[-1]))
     _edit(settings, lambda text: add_node(text, entry))
     typer.echo(f"Node {node_id} is added.")
     _tell_next(settings)
@@ -164,20 +162,23 @@ def remove(
 ) -> None:
     """Remove an empty node. Dormant instances that slept there stay, and are revived elsewhere."""
     from provisioner.clustertext import remove_node
+    from provisioner.leaving import bodies_on, is_away
 
     settings = read_settings(data_dir=data_dir, cluster=cluster)
-    named = _read(settings).node(node_id) is not None
     with _ledger(settings) as ledger:
         if ledger is None:
             raise LedgerMismatch(
                 "There is no ledger, so whether the node is empty is unknown.",
                 resolution="Set MACHINEUSE_DATA_DIR to the service's data directory.",
             )
-        from provisioner.leaving import bodies_on
-
         there = bodies_on(ledger, node_id=node_id)
-        if named or not there:
-            _node_of(settings, remove_node, node_id)  # refuses the last node, and one that is none
+        named = True
+        try:
+            _try(settings, lambda text: remove_node(text, node_id))  # refuses the last node, and one that is none
+        except NotFound:
+            if not there:
+                raise
+            named = False  # somebody has taken it out of the file, and the service waits for what is there
         if there and not force:
             raise Conflict(
                 f"Node {node_id} still has instances: {_count(there)}.",
@@ -187,11 +188,16 @@ def remove(
         if there:
             _give_up(ledger, there, yes=yes)
         sleeping = [record for record in ledger.instances.on_node(node_id) if not record.body]
-    if named:  # else somebody has taken it out of the file, and the service waits for what is there
+        away = is_away(next((node for node in ledger.nodes.list() if node.id == node_id), None))
+    if named:
         _edit(settings, lambda text: remove_node(text, node_id))
     typer.echo(f"Node {node_id} is removed.")
     if sleeping:
-        typer.echo(f"{len(sleeping)} dormant instance(s) slept there; they are revived elsewhere.")
+        typer.echo(
+            f"{len(sleeping)} dormant instance(s) slept there; they are revived elsewhere, from the snapshot store."
+        )
+    if away:
+        typer.echo("It does not answer: what it has of this cluster (copies of profiles too) stays on its disk.")
     _tell_next(settings)
 
 
@@ -204,20 +210,19 @@ def _read(settings: Settings) -> ClusterSpec:
     return read_cluster(settings.project_dir, cluster=settings.cluster)
 
 
-def _edit(settings: Settings, change: Any) -> ClusterSpec:
+def _edit(settings: Settings, change: Callable[[str], str]) -> ClusterSpec:
     from provisioner.clusteredit import edit_cluster
 
     return edit_cluster(settings.project_dir, cluster=settings.cluster, change=change)
 
 
-def _node_of(settings: Settings, change: Any, argument: Any) -> NodeSpec | None:
-    """Try an edit without writing it; return the node that it names, as it then is. Raises what the edit would."""
+def _try(settings: Settings, change: Callable[[str], str]) -> ClusterSpec:
+    """Return the cluster as an edit would make it, which is not written. Raises what the edit would."""
     from provisioner.clusterfile import parse_cluster, path_of, read_text
 
     _read(settings)
     path = path_of(settings.project_dir, cluster=settings.cluster)
-    spec = parse_cluster(change(read_text(path), argument), cluster=settings.cluster, file=path.name)
-    return spec.node(argument["id"]) if isinstance(argument, dict) else None
+    return parse_cluster(change(read_text(path)), cluster=settings.cluster, file=path.name)
 
 
 def _set(settings: Settings, node_id: str, availability: Availability, *, said: str) -> None:
@@ -272,20 +277,6 @@ def _row(node: NodeSpec, *, seen: NodeRecord | None, records: list[InstanceRecor
     ]
 
 
-def _show_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table as wide as the terminal, or as wide as it is where a program reads it."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold", no_wrap=column not in ("instances", "labels"))
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # nothing in a name is markup
-    Console(width=None if sys.stdout.isatty() else 10_000).print(table)
-
-
 def _count(records: Any) -> str:
     counts = Counter(record.status.value for record in records)
     return ", ".join(f"{count} {status}" for status, count in sorted(counts.items())) or "none"
@@ -307,7 +298,7 @@ def _ask_engine(settings: Settings, spec: ClusterSpec, node: NodeSpec) -> str:
         raise type(error)(f"Node '{node.id}' is not added: {error.message}", resolution=resolution) from error
     finally:
         hosts.close()
-    if owner is not None and spec.node(owner) is not None:
+    if owner not in (None, node.id) and spec.node(str(owner)) is not None:
         raise Conflict(
             f"Node '{node.id}' is not added: behind {node.host} is the engine of node '{owner}'.",
             resolution=f"To reach node '{owner}' that way, change its host in the cluster's file.",
@@ -317,17 +308,6 @@ def _ask_engine(settings: Settings, spec: ClusterSpec, node: NodeSpec) -> str:
         f"Its engine answers: {info.get('Name')}, Docker {info.get('ServerVersion')}, {info.get('NCPU')} CPUs,"
         f" {memory_gb:.0f} GB."
     )
-
-
-def _refuse_ports_of_others(spec: ClusterSpec, node: NodeSpec) -> None:
-    """Refuse ports at which clients find another node's instances: they would end in somebody else's browser."""
-    for other in spec.nodes:
-        first, last = max(node.ports.first, other.ports.first), min(node.ports.last, other.ports.last)
-        if other.address == node.address and first <= last:
-            raise Conflict(
-                f"Node '{node.id}' is not added: node '{other.id}' has the ports {first}-{last} of {node.address}.",
-                resolution="Give --ports, or another --address.",
-            )
 
 
 def _refuse_unreachable_ports(host: str, *, bind_ip: str | None) -> None:

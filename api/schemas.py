@@ -164,8 +164,8 @@ class Instance(_Answer):
         description="What that was built on, where its label `machineuse.base` tells: the project's browser image does."
     )
     operation: str | None = Field(
-        description="What is under way: creating, making_dormant, reviving, moving, repairing, restarting (after a"
-        " dormancy that failed) or deleting; null for nothing."
+        description="What is under way: creating, making_dormant, reviving, moving (until it runs on another node),"
+        " repairing, restarting (after a dormancy that failed) or deleting; null for nothing."
     )
     moving: Moving | None = Field(
         description="Why it is on its way to another node: `drain`, or `offline` when its node is lost; else null."

@@ -55,6 +55,9 @@ _MODELS: Mapping[str, type[BaseModel]] = {
 }
 """Which model a key's value is, to say what is allowed there."""
 
+_LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+"""One address by its usual names."""
+
 
 def path_of(project_dir: Path, *, cluster: str) -> Path:
     """Return where the cluster's file is."""
@@ -104,15 +107,27 @@ def parse_cluster(text: str, *, cluster: str, file: str) -> ClusterSpec:
 
 
 def find_clash(spec: ClusterSpec) -> tuple[int, str] | None:
-    """Return which node is an engine that an earlier one is already, by its place, and why; None where there is none.
+    """Return which node gets in the way of an earlier one, by its place, and how; None where none does.
 
-    Two nodes on one engine would take each other's containers for their own.
+    Two nodes on one engine would take each other's containers for their own. With one port at one address twice, a
+    client of one node's instance would find itself in another's browser.
     """
-    known: dict[tuple[str, tuple[str, ...]], NodeSpec] = {}
+    engines: dict[tuple[str, tuple[str, ...]], NodeSpec] = {}
+    addresses: dict[str, list[NodeSpec]] = {}
     for index, node in enumerate(spec.nodes):
-        other = known.setdefault((node.host, node.ssh_opts), node)
+        other = engines.setdefault((node.host, node.ssh_opts), node)
         if other is not node:
             return index, f"node '{node.id}': node '{other.id}' has the host {node.host} already."
+        address = "localhost" if node.address in _LOOPBACK else node.address.lower()
+        neighbours = addresses.setdefault(address, [])
+        for other in neighbours:
+            if node.ports.first <= other.ports.last and other.ports.first <= node.ports.last:
+                return index, (
+                    f"node '{node.id}': its ports {node.ports.first}-{node.ports.last} overlap those of node"
+                    f" '{other.id}', {other.ports.first}-{other.ports.last}, at the same address {other.address}: give"
+                    " one of them other ports, or another address."
+                )
+        neighbours.append(node)
     return None
 
 

@@ -21,6 +21,7 @@ from provisioner.changes import Changes
 from provisioner.cluster import Cluster
 from provisioner.docker_hosts.disk import can_limit_volumes
 from provisioner.docker_hosts.hosts import DockerHosts
+from provisioner.docker_hosts.images import ARCHITECTURES
 from provisioner.errors import DockerError, NotFound
 from provisioner.ledger import Ledger
 from provisioner.ledger.records import NodeStatus
@@ -31,8 +32,6 @@ log = structlog.get_logger(__name__)
 
 MOST_NODES_AT_ONCE = 64
 """Nodes that are asked side by side; those that hang each hold one of these threads."""
-_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
-"""Names that the engine gives to machines → those of images made for them."""
 
 
 class NodeHealth:
@@ -154,5 +153,5 @@ class NodeHealth:
 def _labels_of_engine(info: Mapping[str, Any]) -> dict[str, str]:
     """Return what an engine says that its machine is, in the words of image platforms; the file's labels come first."""
     arch = str(info.get("Architecture") or "")
-    said = {"arch": _ARCHITECTURES.get(arch, arch), "os": str(info.get("OSType") or "")}
+    said = {"arch": ARCHITECTURES.get(arch, arch), "os": str(info.get("OSType") or "")}
     return {name: value for name, value in said.items() if value}

@@ -8,13 +8,13 @@ import structlog
 
 from provisioner.cluster import Cluster
 from provisioner.docker_hosts.hosts import DockerHost, DockerHosts
-from provisioner.docker_hosts.images import find_image
+from provisioner.docker_hosts.images import find_usable_image
 from provisioner.docker_hosts.transfers import bring_image
 from provisioner.errors import UnknownImage
 from provisioner.ledger import Ledger
 from provisioner.ledger.records import NodeStatus
 from provisioner.snapshots.manifest import Manifest, PartName
-from stacks.spec import NodeSpec
+from stacks.spec import ARCH, NodeSpec
 
 log = structlog.get_logger(__name__)
 
@@ -33,16 +33,25 @@ class ImageSupply:
     def bring(self, node: NodeSpec, image: str, *, instance_id: str | None = None, tag: str | None = None) -> None:
         """Return once the node has the image (a name or an id). Idempotent.
 
-        Raises UnknownImage when neither a registry nor a node that is online has it, and NodeUnreachable.
+        Raises UnknownImage when neither a registry nor a node that is online has it for the node's platform, and
+        NodeUnreachable.
         """
-        target = self._hosts.of(node)
-        if find_image(target, image) is not None:
+        target, emulated = self._hosts.of(node), node.labels.get(ARCH)
+        if find_usable_image(target, image, emulated=emulated) is not None:
             self._ledger.node_images.note_use(node_id=node.id, name=image)
             return
 
         started = time.monotonic()
         teller = _Teller(self._ledger, node_id=node.id, instance_id=instance_id)
-        brought = bring_image(target, image, tag=tag, sources=self._sources(node), say=teller.say, report=teller.report)
+        brought = bring_image(
+            target,
+            image,
+            tag=tag,
+            sources=self._sources(node),
+            emulated=emulated,
+            say=teller.say,
+            report=teller.report,
+        )
         for name in {image, tag or image, brought.id}:
             self._ledger.node_images.note(node_id=node.id, name=name)
         log.info("image brought", image=image, node=node.id, seconds=round(time.monotonic() - started, 1))
@@ -57,8 +66,8 @@ class ImageSupply:
         if manifest.part(PartName.ROOTFS) is not None:
             try:
                 self.bring(node, manifest.image.id, tag=manifest.image.reference, instance_id=instance_id)
-            except UnknownImage:
-                log.warning("original image gone", instance=instance_id, image=manifest.image.id)
+            except UnknownImage as error:
+                log.warning("original image not to be had", instance=instance_id, error=error.message)
             else:
                 return
         self.bring(node, image, instance_id=instance_id)

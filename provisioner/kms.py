@@ -13,16 +13,9 @@ from urllib.parse import parse_qsl
 
 import boto3
 from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    CredentialRetrievalError,
-    NoCredentialsError,
-    PartialCredentialsError,
-    TokenRetrievalError,
-    UnauthorizedSSOTokenError,
-)
+from botocore.exceptions import BotoCoreError, ClientError
 
+from provisioner.aws_credentials import NO_CREDENTIALS
 from provisioner.errors import SettingsError, SnapshotKeyMissing
 
 if TYPE_CHECKING:
@@ -33,13 +26,6 @@ ATTEMPTS = 3
 TIMEOUT_S = 10
 """For connecting, and for each answer."""
 _FORM = "It has the form aws-kms://arn:aws:kms:<region>:<account>:key/<id>?file=<path>&endpoint=https://host."
-_CREDENTIALS = (
-    CredentialRetrievalError,
-    NoCredentialsError,
-    PartialCredentialsError,
-    TokenRetrievalError,
-    UnauthorizedSSOTokenError,
-)
 _ARN = re.compile(r"arn:aws[a-z-]*:kms:([a-z0-9-]+):\d*:(key|alias)/[A-Za-z0-9/_-]+")
 
 
@@ -118,7 +104,7 @@ class KmsKey:
                 resolution="Check that the key is enabled, that it is the one that the key file was encrypted with, "
                 "and that our role or keys may use kms:Encrypt and kms:Decrypt with it.",
             )
-        if isinstance(error, _CREDENTIALS):
+        if isinstance(error, NO_CREDENTIALS):
             return SnapshotKeyMissing(
                 "There are no AWS keys to ask KMS with for the snapshots' keys.",
                 detail=str(error),

@@ -19,19 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import boto3
 from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    CredentialRetrievalError,
-    HTTPClientError,
-    IncompleteReadError,
-    NoCredentialsError,
-    PartialCredentialsError,
-    TokenRetrievalError,
-    UnauthorizedSSOTokenError,
-)
+from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
 from botocore.exceptions import ConnectionError as NoConnection
 
+from provisioner.aws_credentials import NO_CREDENTIALS
 from provisioner.errors import ObjectMissing, ObjectStorageError, SettingsError
 from provisioner.snapshots.location import S3Location
 
@@ -61,13 +52,6 @@ _KEYS = {
 }
 _FULL = {"QuotaExceeded", "InsufficientStorage", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "507"}
 _MISSING = {"NoSuchKey", "404", "NotFound"}
-_CREDENTIALS = (
-    CredentialRetrievalError,
-    NoCredentialsError,
-    PartialCredentialsError,
-    TokenRetrievalError,
-    UnauthorizedSSOTokenError,
-)
 
 
 @dataclass(frozen=True)
@@ -248,7 +232,7 @@ class Bucket:
                 f"{store} refused: {code or status}.", detail=detail, resolution="Look into the server's log."
             )
         detail = f"{what}: {type(error).__name__}: {error}"
-        if isinstance(error, _CREDENTIALS):
+        if isinstance(error, NO_CREDENTIALS):
             return ObjectStorageError(
                 f"There are no keys for the snapshot store {self._where}.",
                 detail=detail,

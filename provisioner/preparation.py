@@ -26,7 +26,7 @@ from provisioner.cluster import Cluster
 from provisioner.docker_hosts.archives import DockerMachine
 from provisioner.docker_hosts.containers import kill_container, remove_container
 from provisioner.docker_hosts.hosts import DockerHosts
-from provisioner.docker_hosts.images import ImageInfo, find_image
+from provisioner.docker_hosts.images import ImageInfo, find_usable_image
 from provisioner.docker_hosts.volumes import remove_volume
 from provisioner.errors import MachineuseError, NodeUnreachable, UnknownNode
 from provisioner.image_supply import ImageSupply
@@ -44,7 +44,7 @@ from provisioner.work import Step, Work
 from stacks.cluster import provider_arguments
 from stacks.instance import container_arguments, volume_arguments
 from stacks.names import Names
-from stacks.spec import HOME_PATH, NodeSpec
+from stacks.spec import ARCH, HOME_PATH, NodeSpec
 
 log = structlog.get_logger(__name__)
 
@@ -287,7 +287,8 @@ class Preparation:
         """
         if record.restore_generation is not None and not record.repair:
             return False  # which image that is, is in the snapshot
-        host = self._hosts.of(self._node_of(record))
+        node = self._node_of(record)
+        host = self._hosts.of(node)
         key = (host.url, record.image)
         # What failed before may have failed because the image was removed meanwhile.
         if record.attempts == 0 and time.monotonic() - self._images.get(key, float("-inf")) < IMAGE_KNOWN_S:
@@ -295,7 +296,8 @@ class Preparation:
         with self._lock:
             look = self._looks.get(key)
         if look is None:
-            look = self._quick_pools[record.node_id].submit(find_image, host, record.image)
+            pool = self._quick_pools[node.id]
+            look = pool.submit(find_usable_image, host, record.image, emulated=node.labels.get(ARCH))
             look.add_done_callback(lambda _: self._changes.work.set())
             with self._lock:
                 self._looks[key] = look

@@ -13,7 +13,7 @@ What is taken over, in this order; a crash between any two is made good by the f
 1. The stack gets the new nodes (provider, network), before an instance can be placed there.
 2. Ledger and `Cluster` change. The ledger refuses, in that same transaction, to lose a node that got an instance
    meanwhile; from then on nothing is placed on a node that is gone.
-3. The stack loses the nodes that are gone, and the snapshots of who slept there forget them.
+3. The stack loses the nodes that are gone, and the snapshots of who slept there forget them: their quick copies go.
 
 The updates name just the resources of these nodes, so they take no longer than any other, in a cluster of any size.
 Only what changes what all of a node's instances consist of (its engine, the address its ports are bound to) needs a

@@ -17,7 +17,7 @@ from stacks.claim import Claim
 from stacks.images import NodeImage
 from stacks.instance import Instance, endpoint_arguments
 from stacks.names import CLUSTER_LABEL, LEDGER_LABEL, URN_LABEL, Names
-from stacks.spec import ClusterSpec, InstanceSpec, NodeSpec
+from stacks.spec import ARCH, ClusterSpec, InstanceSpec, NodeSpec
 
 WINDOW = 64
 """Resources whose registration is awaited together: the SDK's bookkeeping is quadratic in what is pending."""
@@ -89,6 +89,7 @@ def _declare_images(spec: ClusterSpec) -> list[pulumi.Resource]:
             **endpoint_arguments(node),
             image=image,
             sources=[endpoint_arguments(other) for other in spec.nodes if other.id != node.id],
+            emulated=node.labels.get(ARCH),
         )
         for node in spec.nodes
         for image in spec.wanted_images

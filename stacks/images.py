@@ -26,9 +26,13 @@ class NodeImage(CamelCaseResource):
         docker_ssh_opts: Sequence[str] | None,
         image: str,
         sources: Sequence[Mapping[str, Any]],
+        emulated: str | None = None,
         opts: pulumi.ResourceOptions | None = None,
     ) -> None:
-        """`sources` say how the engines are reached that the image may be copied from."""
+        """`sources` say how the engines are reached that the image may be copied from.
+
+        `emulated` is an architecture that the node runs besides its own.
+        """
         inputs = {
             "node_id": node_id,
             "docker_host": docker_host,
@@ -36,5 +40,6 @@ class NodeImage(CamelCaseResource):
             "docker_ssh_opts": docker_ssh_opts,
             "image": image,
             "sources": sources,
+            "emulated": emulated,
         }
         super().__init__(NODE_IMAGE_TYPE, resource_name, inputs | {"image_id": None}, opts)

@@ -22,6 +22,8 @@ CDP_PORT = 9222
 STREAM_PORT = 6080
 HOME_PATH = "/home/machine"
 LABEL_PREFIX = "machineuse."
+ARCH = "arch"
+"""The label that says a node's architecture: its engine's, or in the file another one that the engine emulates."""
 _REGION = re.compile(r"[a-z]+(?:-[a-z]+)+-\d+")
 SECCOMP_PROFILE = Path(__file__).resolve().parent.parent / "images" / "browser" / "seccomp.json"
 

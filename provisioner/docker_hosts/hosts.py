@@ -127,6 +127,7 @@ class DockerHost:
         self._work_connections = Connections()
         self._alive_at = float("-inf")
         self._silent_at = float("-inf")
+        self._version: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
         return f"DockerHost({self.url!r})"
@@ -286,6 +287,7 @@ class DockerHost:
     def hang_up(self, *, only_work: bool = False) -> None:
         """Break all connections, or those of `work_api`: whoever waits for an answer there gets NodeUnreachable now."""
         self._alive_at = float("-inf")
+        self._version = None  # it may come back as another engine
         self._work_connections.hang_up()
         if not only_work:
             self._connections.hang_up()
@@ -295,6 +297,12 @@ class DockerHost:
         info: dict[str, Any] = self.call("report on itself", self.api.info)
         self._alive_at = time.monotonic()
         return info
+
+    def version(self) -> dict[str, Any]:
+        """Return what the engine says of its version and platform, asked once for as long as it answers."""
+        if self._version is None:
+            self._version = self.call("tell its version", self.api.version, api_version=False)
+        return self._version
 
     def post(self, what: str, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """POST to the engine's API what docker-py has no function for, as work; return its JSON answer."""

@@ -15,6 +15,10 @@ from provisioner.docker_hosts.hosts import DockerHost
 from provisioner.errors import DockerNotFound, UnknownImage
 
 REPORT_EVERY_S = 0.5
+ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
+"""What engines and machines call an architecture → what image platforms do."""
+_RUNS_TOO = {"amd64": ("386",), "arm64": ("arm",)}
+"""Architecture → what it runs besides, without any emulation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,8 @@ class ImageInfo:
     """Size, layers that it shares with others included."""
     pulled: bool = True
     """Whether it came from a registry; False for one that was built, loaded or imported."""
+    platform: str = ""
+    """As in `linux/arm64`; empty where the image does not say. Without a variant: engines don't tell theirs."""
 
 
 def find_image(host: DockerHost, name: str) -> ImageInfo | None:
@@ -45,6 +51,46 @@ def find_image(host: DockerHost, name: str) -> ImageInfo | None:
         exposed_ports=frozenset(config.get("ExposedPorts") or {}),
         bytes=int(found.get("Size") or 0),
         pulled=bool(found.get("RepoDigests")),
+        platform=_platform(found.get("Os"), found.get("Architecture")),
+    )
+
+
+def find_usable_image(host: DockerHost, name: str, *, emulated: str | None = None) -> ImageInfo | None:
+    """Return the image of that name or id, or None when the engine does not have it, or can't run it."""
+    found = find_image(host, name)
+    return found if found is not None and can_run(host, found, emulated=emulated) else None
+
+
+def find_platform(host: DockerHost) -> str:
+    """Return what the engine runs, as in `linux/arm64`; empty where it does not say. Raises DockerError."""
+    version = host.version()
+    return _platform(version.get("Os"), version.get("Arch"))
+
+
+def _platform(system: str | None, architecture: str | None) -> str:
+    return f"{system}/{ARCHITECTURES.get(architecture, architecture)}" if system and architecture else ""
+
+
+def can_run(host: DockerHost, image: ImageInfo, *, emulated: str | None = None) -> bool:
+    """Say whether the engine runs such images, as far as anybody says; `emulated` is an architecture that it adds."""
+    own = find_platform(host) if image.platform else ""
+    if not own:
+        return True
+    (system, architecture), (own_system, own_architecture) = image.platform.split("/", 1), own.split("/", 1)
+    runs = (own_architecture, emulated, *_RUNS_TOO.get(own_architecture, ()))
+    return system == own_system and architecture in runs
+
+
+def explain_platform(
+    host: DockerHost, name: str, image: ImageInfo, *, source: DockerHost | None = None, detail: str | None = None
+) -> UnknownImage:
+    """Return the error for an image that the engine can't run: its own, or one that it could get from `source`."""
+    own, where = find_platform(host), f"on {host.url}" if source is None else f"that {source.url} has"
+    return UnknownImage(
+        f"The image {name} {where} is for {image.platform}, and the engine at {host.url} runs {own}.",
+        detail=detail,
+        resolution=f"Build or load the image for {own} there. If the engine emulates the other (binfmt), say so in the"
+        f" cluster's file: `labels: {{arch: {image.platform.partition('/')[2]}}}` at its node.",
     )
 
 

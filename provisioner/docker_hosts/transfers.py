@@ -5,6 +5,8 @@ takes, it is given up only for silence. Two that want the same image on the same
 
 A name that was built in the cluster (an engine has it, and knows no registry that it came from) is never asked of a
 registry: somebody else may have an image of that name there.
+
+An image that the engine can't run, being for another architecture, is not copied, and not taken where it is already.
 """
 
 from __future__ import annotations
@@ -17,7 +19,15 @@ from docker.errors import APIError
 from docker.utils import parse_repository_tag
 
 from provisioner.docker_hosts.hosts import DockerHost
-from provisioner.docker_hosts.images import REPORT_EVERY_S, ImageInfo, find_image, pull_image
+from provisioner.docker_hosts.images import (
+    REPORT_EVERY_S,
+    ImageInfo,
+    can_run,
+    explain_platform,
+    find_image,
+    pull_image,
+    remove_image,
+)
 from provisioner.errors import DockerError, MachineuseError, UnknownImage
 
 log = structlog.get_logger(__name__)
@@ -34,31 +44,47 @@ def bring_image(
     *,
     sources: Sequence[DockerHost] = (),
     tag: str | None = None,
+    emulated: str | None = None,
     say: Report = lambda _: None,
     report: Report = lambda _: None,
 ) -> ImageInfo:
     """Return the image of that name or id, brought from a registry or one of the `sources` when the engine lacks it.
 
-    `tag` is a name that an image brought by its id gets, unless the engine has another of that name. `say` is told of
-    each transfer that begins, `report` how far it is. Idempotent. Raises UnknownImage when it is nowhere to be had,
-    NodeUnreachable for the engine itself, and DockerError when the copying fails: that is worth another try.
+    `tag` is a name that an image brought by its id gets, unless the engine has another of that name; `emulated` an
+    architecture that the engine runs besides its own. `say` is told of each transfer that begins, `report` how far it
+    is. Idempotent. Raises UnknownImage when it is nowhere to be had, or not for the engine's platform; NodeUnreachable
+    for the engine itself, and DockerError when the copying fails: that is worth another try.
     """
     what = f"image {name}"
     if target.is_locked(what):
         say(f"waiting for {name}, which is on its way already")
     with target.lock(what):
         found = find_image(target, name)
+        if found is not None and not can_run(target, found, emulated=emulated):
+            raise explain_platform(target, name, found)
         if found is None:
-            found = _bring(target, name, sources=sources, say=say, report=report)
+            found = _bring(target, name, sources=sources, emulated=emulated, say=say, report=report)
+            if not can_run(target, found, emulated=emulated):  # a registry may have it for one platform only
+                remove_image(target, name)
+                raise explain_platform(target, name, found)
             if tag is not None and find_image(target, tag) is None:
                 repository, label = parse_repository_tag(tag)
                 target.call(f"tag {name}", target.work_api.tag, found.id, repository, tag=label or "latest")
     return found
 
 
-def _bring(target: DockerHost, name: str, *, sources: Sequence[DockerHost], say: Report, report: Report) -> ImageInfo:
-    owners = _owners(name, sources=sources)
-    built_here = any(not image.pulled for _, image in owners)
+def _bring(
+    target: DockerHost,
+    name: str,
+    *,
+    sources: Sequence[DockerHost],
+    emulated: str | None,
+    say: Report,
+    report: Report,
+) -> ImageInfo:
+    known = _owners(name, sources=sources)
+    owners = [(source, image) for source, image in known if can_run(target, image, emulated=emulated)]
+    built_here = any(not image.pulled for _, image in known)
     failure: MachineuseError | None = None
     if not built_here and not name.startswith("sha256:"):
         say(f"pulling {name}")
@@ -78,6 +104,10 @@ def _bring(target: DockerHost, name: str, *, sources: Sequence[DockerHost], say:
     found = find_image(target, name)
     if found is not None:
         return found
+    if known and not owners:
+        source, image = known[0]
+        detail = failure.message if failure is not None else None
+        raise explain_platform(target, name, image, source=source, detail=detail) from failure
     if failure is not None:
         raise failure
     raise UnknownImage(

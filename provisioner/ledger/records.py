@@ -142,12 +142,12 @@ class InstanceRecord:
     @property
     def operation(self) -> str | None:
         """Name the operation under way, for people; None when there is none."""
+        if self.moving is not None and self.wanted is not Wanted.ABSENT:
+            return "moving"  # halfway too: then it is asleep, as is wanted for now, and still to be revived elsewhere
         if self.settled_generation >= self.generation:
             return None
         if self.wanted is Wanted.ABSENT:
             return "deleting"
-        if self.moving is not None:
-            return "moving"
         if self.wanted is Wanted.DORMANT:
             return "making_dormant"
         if self.repair:

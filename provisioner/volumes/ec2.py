@@ -14,18 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import boto3
 from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    CredentialRetrievalError,
-    HTTPClientError,
-    NoCredentialsError,
-    PartialCredentialsError,
-    TokenRetrievalError,
-    UnauthorizedSSOTokenError,
-)
+from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 from botocore.exceptions import ConnectionError as NoConnection
 
+from provisioner.aws_credentials import NO_CREDENTIALS
 from provisioner.errors import CloudError, CloudMissing
 from provisioner.volumes.cloud import (
     Attachment,
@@ -81,13 +73,6 @@ _FULL = {
     "VolumeLimitExceeded": "Delete instances or make some dormant, or ask AWS for a higher quota.",
 }
 _SLOW_DOWN = {"RequestLimitExceeded", "Throttling", "ThrottlingException"}
-_CREDENTIALS = (
-    CredentialRetrievalError,
-    NoCredentialsError,
-    PartialCredentialsError,
-    TokenRetrievalError,
-    UnauthorizedSSOTokenError,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,7 +249,7 @@ class Ec2:
             yield
         except ClientError as error:
             raise _explain(error, message=message) from error
-        except _CREDENTIALS as error:
+        except NO_CREDENTIALS as error:
             raise CloudError(
                 f"{message}: there are no credentials.",
                 detail=str(error),

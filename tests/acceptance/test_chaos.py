@@ -171,7 +171,7 @@ def await_rest(service: Service, instance_id: str) -> dict[str, Any]:
 
     def found() -> dict[str, Any] | None:
         shown = service.get(instance_id)
-        return shown if shown["operation"] is None and shown["moving"] is None else None
+        return shown if shown["operation"] is None else None
 
     return wait_until(found, what="its last call has an outcome", timeout_s=90)
 

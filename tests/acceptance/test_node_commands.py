@@ -15,6 +15,7 @@ import pytest
 
 from provisioner.clusterfile import load
 from provisioner.ledger import Ledger
+from stacks.names import CLUSTER_LABEL
 from stacks.spec import BROWSER_IMAGE
 from tests.support.engine_proxy import EngineProxy
 from tests.support.engines import Engine
@@ -96,6 +97,11 @@ def names_in_stack(service: Service) -> set[str]:
     return {urn.rpartition("::")[2] for urn in service.urns()}
 
 
+def volumes_of(service: Service, engine: Engine) -> list[str]:
+    found = engine.client().volumes.list(filters={"label": f"{CLUSTER_LABEL}={service.cluster}"})
+    return [volume.name for volume in found]
+
+
 def assert_unchanged(service: Service) -> None:
     done = service.pulumi("preview", "--stack", service.cluster, "--expect-no-changes")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -114,10 +120,12 @@ def test_dormant_instances_outlive_their_node(service: Service, engine: Engine) 
     woken, deleted = on_b(service)["id"], on_b(service)["id"]
     for instance_id in (woken, deleted):
         assert service.post(f"{instance_id}/dormant").json()["status"] == "dormant"
+    assert len(volumes_of(service, engine)) == 2
     assert "2 dormant instance(s) slept there" in run(service, "remove", B)
     assert file_of(service).read_bytes() == before
     until(lambda: nodes_of(service) == {"local": "online"})
     until(lambda: not urns_of_b(service))
+    until(lambda: not volumes_of(service, engine))
     engine.freeze()  # nobody needs it any more
     try:
         asleep = service.get(woken)
@@ -125,6 +133,8 @@ def test_dormant_instances_outlive_their_node(service: Service, engine: Engine) 
         assert_unchanged(service)
         revived = service.post(f"{woken}/revive").json()
         assert (revived["status"], revived["node_id"]) == ("running", "local")
+        assert revived["restored_by"] == "full_restore"
+        assert "no copy" in revived["restore_note"]
         for instance_id in (woken, deleted):
             assert service.delete(instance_id).status_code == 200
             assert not (service.settings.snapshots_dir / instance_id).exists()
@@ -322,7 +332,7 @@ def test_a_node_that_is_gone_for_good_is_given_up(service: Service, engine: Engi
     assert f"{lost} is LOST" in asked.stdout
     assert f"{kept} is kept" in asked.stdout
     assert B in nodes_of(service)
-    run(service, "remove", B, "--force", "--yes")
+    assert "stays on its disk" in run(service, "remove", B, "--force", "--yes")
     service.wait_for(kept, "dormant")
     until(lambda: service.http.get(f"/v2/instances/{lost}").status_code == 404)
     until(lambda: nodes_of(service) == {"local": "online"}, timeout_s=60)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from provisioner.clusterfile import load
 from tests.support.service import Service
+from tests.support.watched import wait_until
 
 SMALL = {"memory_gb": 0.5, "cpu_cores": 1}
 
@@ -49,6 +52,28 @@ def test_what_was_changed_behind_the_stacks_back_shows_as_drift(service: Service
     done = service.pulumi("preview", "--stack", service.cluster, "--refresh", "--diff")
     assert "memory" in said(done)
     assert done.returncode == 0, said(done)
+
+
+def test_ports_that_two_nodes_would_share_are_refused_by_preview_command_and_service(service: Service) -> None:
+    path = service.project / f"Pulumi.{service.cluster}.yaml"
+    before = path.read_text()
+    document = load(before, file="x")
+    (node,) = document["config"]["cluster:nodes"]
+    document["config"]["cluster:nodes"].append({**node, "id": "twin", "host": "unix:///nobody.sock"})
+    ports = "{first}-{last}".format(**node["ports"])
+    wrong = f"node 'twin': its ports {ports} overlap those of node 'local', {ports}, at the same address 127.0.0.1"
+    path.write_text(json.dumps(document))
+    try:
+        done = service.pulumi("preview", "--stack", service.cluster)
+        assert done.returncode != 0
+        assert f"{path.name}: {wrong}" in said(done)
+        done = service.machineuse("node", "cordon", "local")
+        assert done.returncode == 1
+        assert wrong in done.stderr
+        wait_until(lambda: wrong in service.log(), what="the service has looked at the file")
+        assert service.delete(service.create(config=SMALL)["id"]).status_code == 200
+    finally:
+        path.write_text(before)
 
 
 def test_without_the_clusters_ledger_a_preview_refuses_and_says_what_to_set(service: Service, tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ class Life:
         self.live = False
         self.restore: tuple[int, str] | None = None
         self.helper_image = BROWSER_IMAGE
+        self.snapshots_host = LOCAL_ENGINE
         self.docker = docker_py.from_env()
         self.outputs: dict[str, Any] = {}
 
@@ -82,7 +83,7 @@ class Life:
                 instance=self.instance,
                 generation=generation,
                 node_id="local",
-                docker_host=LOCAL_ENGINE,
+                docker_host=self.snapshots_host,
                 container=self.name,
                 volume=f"{self.name}-home",
                 image=BROWSER_IMAGE,
@@ -254,6 +255,37 @@ def test_a_snapshot_is_not_replaced_because_the_world_around_it_changed(life: Li
     sleep(life, 1)
     life.helper_image = "some/other:image"
     assert ops(life.up()) == {}
+
+
+def test_a_node_that_leaves_the_cluster_keeps_nothing_of_a_snapshot(life: Life) -> None:
+    life.up()
+    life.execute(f"echo kept > {HOME}/file; echo added > /etc/added")
+    sleep(life, 1)
+    life.body, life.restore = True, (1, "quick_start")
+    life.up()
+    life.body, life.restore, life.snapshots_host = False, None, ""
+    assert ops(life.stack.preview())["update"] == 1
+    life.up()
+    assert life.volumes() == []
+    assert not life.docker.images.list(filters={"label": f"machineuse.cluster={life.token}"})
+    assert life.outputs["snapshot-1"][0] is False
+    assert ops(life.up()) == {}
+
+    life.body, life.restore = True, (1, "quick_start")
+    life.up()
+    method, reason, _ = life.outputs["restore"]
+    assert method == "full_restore"
+    assert "no copy" in reason
+    assert life.execute(f"cat {HOME}/file /etc/added").split() == ["kept", "added"]
+
+
+def test_a_copy_stays_on_a_node_that_leaves_where_the_store_lacks_the_snapshot(life: Life) -> None:
+    life.up()
+    sleep(life, 1)
+    life.store.delete(SnapshotId(instance_id=life.instance, generation=1))
+    life.snapshots_host = ""
+    assert "is left on node local" in life.up().text
+    assert life.volumes() == ["-copy-1"]
 
 
 def test_a_snapshot_that_is_gone_from_the_store_shows_as_drift(life: Life) -> None:

@@ -40,6 +40,16 @@ HEAD = "config:\n  cluster:nodes:\n    - id: a\n    - id: b\n      host: ssh://b
         (f"{HEAD}    - host: ssh://c\n", 6, "node 3: id: Field required."),
         (f"{HEAD}    - {{ id: c, host: ssh://b }}\n", 6, "node 'c': node 'b' has the host ssh://b already."),
         (f"{HEAD}    - id: c\n", 6, "node 'c': node 'a' has the host unix:///var/run/docker.sock already."),
+        (
+            f"{HEAD}    - {{ id: c, host: tcp://b:2376, ports: {{ first: 24999, last: 30000 }} }}\n",
+            6,
+            "node 'c': its ports 24999-30000 overlap those of node 'b', 21000-24999, at the same address b: give one",
+        ),
+        (
+            f"{HEAD}    - {{ id: c, host: tcp://127.0.0.1:2376 }}\n",
+            6,
+            "node 'c': its ports 21000-24999 overlap those of node 'a', 21000-24999, at the same address localhost",
+        ),
         (f"{HEAD}    - id: a\n", 2, "two nodes are called 'a'."),
         (f"{HEAD}  cluster:node: []\n", 6, "cluster:node is unknown; allowed are cluster:nodes, "),
         (
@@ -106,7 +116,8 @@ def test_a_node_is_reached_where_its_engine_is_unless_the_file_says_otherwise() 
 
 
 def test_one_ssh_server_may_lead_to_several_engines() -> None:
-    text = f"{HEAD}      ssh_opts: [-p, '2201']\n    - {{ id: c, host: ssh://b, ssh_opts: [-p, '2202'] }}\n"
+    more = "{ id: c, host: ssh://b, ssh_opts: [-p, '2202'], ports: { first: 25000, last: 25999 } }"
+    text = f"{HEAD}      ssh_opts: [-p, '2201']\n    - {more}\n"
     assert [node.id for node in parse_cluster(text, cluster="x", file="x").nodes] == ["a", "b", "c"]
 
 

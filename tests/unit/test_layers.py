@@ -23,7 +23,12 @@ DOORS = {
     "requests": ["provisioner.docker_hosts"],
     "urllib3": ["provisioner.docker_hosts"],
     "boto3": ["provisioner.object_storage", "provisioner.kms", "provisioner.volumes.ec2"],
-    "botocore": ["provisioner.object_storage", "provisioner.kms", "provisioner.volumes.ec2"],
+    "botocore": [
+        "provisioner.aws_credentials",
+        "provisioner.object_storage",
+        "provisioner.kms",
+        "provisioner.volumes.ec2",
+    ],
     "types_boto3_s3": ["provisioner.object_storage"],
     "types_boto3_kms": ["provisioner.kms"],
     "types_boto3_ec2": ["provisioner.volumes.ec2"],

@@ -106,8 +106,8 @@ class World:
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    monkeypatch.setattr(preparation, "find_image", lambda *_: object())
-    monkeypatch.setattr(image_supply, "find_image", lambda *_: object())
+    monkeypatch.setattr(preparation, "find_usable_image", lambda *_, **__: object())
+    monkeypatch.setattr(image_supply, "find_usable_image", lambda *_, **__: object())
     world = World(tmp_path)
     yield world
     world.docker.may_go_on.set()
@@ -205,7 +205,7 @@ def test_a_node_that_does_not_say_whether_it_has_an_image_holds_up_nobody(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = threading.Event()
-    monkeypatch.setattr(preparation, "find_image", lambda *_: answers.wait(10))
+    monkeypatch.setattr(preparation, "find_usable_image", lambda *_, **__: answers.wait(10))
     world.add()
     world.docker.may_go_on.set()
     assert not world.preparation.prepare(world.work)
@@ -218,10 +218,10 @@ def test_a_node_that_does_not_say_whether_it_has_an_image_holds_up_nobody(
 def test_a_node_that_goes_silent_while_it_is_asked_for_an_image_fails_the_step(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def be_silent(*_: Any) -> None:
+    def be_silent(*_: Any, **__: Any) -> None:
         raise NodeUnreachable("It does not answer.")
 
-    monkeypatch.setattr(preparation, "find_image", be_silent)
+    monkeypatch.setattr(preparation, "find_usable_image", be_silent)
     world.add()
     for _ in range(2):
         with pytest.raises(NodeUnreachable):

@@ -26,7 +26,7 @@ from tests.support.records import make_record
 from tests.support.world import empty_ledger
 
 A = "config:\n  cluster:nodes:\n    - {id: a, host: 'unix:///nobody/a'}\n"
-AB = A + "    - {id: b, host: 'unix:///nobody/b'}\n"
+AB = A + "    - {id: b, host: 'unix:///nobody/b', address: b}\n"
 NETWORK_B = "urn:pulumi:x::machineuse::docker:index/network:Network::b-network"
 PROVIDER_B = "urn:pulumi:x::machineuse::pulumi:providers:docker::node-b"
 
@@ -175,6 +175,16 @@ def test_a_mistake_is_told_of_once_and_changes_nothing(cell: Cell) -> None:
     assert not cell.engine.updates
 
 
+def test_ports_that_two_nodes_have_at_one_address_are_a_mistake_that_a_service_goes_on_with(two: Cell) -> None:
+    two.write(AB.replace("address: b", "address: localhost"))
+    two.look(3)
+    (said,) = two.events("cluster_file_refused")
+    assert "line 4: node 'b': its ports 21000-24999 overlap those of node 'a', 21000-24999" in said
+    assert two.cluster.spec.node("b").address == "b"  # type: ignore[union-attr]
+    two.write(A)
+    assert two.nodes() == (["a"], ["a"])
+
+
 def test_a_removed_node_leaves_the_stack_and_is_forgotten(two: Cell) -> None:
     two.write(A)
     assert two.nodes() == (["a"], ["a"])
@@ -270,7 +280,7 @@ def test_another_host_for_a_node_with_instances_needs_an_answer(two: Cell) -> No
 
 
 def test_a_node_with_homes_on_cloud_volumes_stays_a_cloud_machine(tmp_path: Path) -> None:
-    aws = AB.replace("b'}", "b', volume: ebs, cloud: {instance_id: i-b, zone: us-east-1a}}")
+    aws = AB.replace("address: b", "address: b, volume: ebs, cloud: {instance_id: i-b, zone: us-east-1a}")
     cell = Cell(tmp_path, text=aws)
     cell.add(volume="ebs")
     cell.write(AB)

@@ -87,6 +87,7 @@ class NodeImageInputs(EndpointInputs):
     node_id: str
     image: str
     sources: tuple[EndpointInputs, ...] = ()
+    emulated: str | None = None
 
 
 class CloudVolumeInputs(EndpointInputs):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from provisioner.docker_hosts.hosts import DockerHosts
-from provisioner.docker_hosts.images import find_image
+from provisioner.docker_hosts.images import find_image, find_usable_image
 from provisioner.docker_hosts.transfers import bring_image
 from provisioner.plugins.machineuse.inputs import NodeImageInputs, differ, parse
 from provisioner.plugins.machineuse.shared import MachineuseResource
@@ -39,12 +39,13 @@ class NodeImageType(MachineuseResource):
         """Bring the image, or find it there; raises `UnknownImage` and `NodeUnreachable`."""
         wanted = parse(NodeImageInputs, inputs)
         host = wanted.host(self._hosts)
-        found = find_image(host, wanted.image)
+        found = find_usable_image(host, wanted.image, emulated=wanted.emulated)
         if found is None:
             found = bring_image(
                 host,
                 wanted.image,
                 sources=[source.host(self._hosts) for source in wanted.sources],
+                emulated=wanted.emulated,
                 say=call.say,
                 report=call.progress,
             )

@@ -1,20 +1,25 @@
 """`machineuse:index:Snapshot`: an instance's home volume and changes, kept while nothing of it runs.
 
 Creating it is taking the snapshot, and only what is verified is created. It is never replaced because its container is
-gone: that is what it is for. Deleting it removes the quick copy, the image built from it, and, last, the archive.
+gone: that is what it is for. When its node leaves the cluster, an update removes what that keeps of it, and the archive
+is all there is from then on. Deleting it removes the quick copy, the image built from it, and, last, the archive.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 from collections.abc import Callable
 from typing import ClassVar
+
+import structlog
 
 from provisioner.docker_hosts.archives import DockerMachine
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.errors import (
     CloudError,
+    DockerError,
     NodeUnreachable,
     SnapshotCorrupt,
     SnapshotKeyMissing,
@@ -24,7 +29,7 @@ from provisioner.errors import (
 from provisioner.plugins.machineuse.inputs import SnapshotInputs, differ, parse
 from provisioner.plugins.machineuse.shared import MachineuseResource
 from provisioner.plugins.policy import DeleteDecision, DeletePolicy
-from provisioner.plugins.resources import Call, Created, Difference, Found
+from provisioner.plugins.resources import Call, Change, ChangeKind, Created, Difference, Found
 from provisioner.plugins.values import Properties
 from provisioner.snapshots.capture import Capture, CaptureRequest, CaptureResult
 from provisioner.snapshots.machine import Volumes
@@ -36,6 +41,10 @@ from provisioner.volumes.cloud_snapshot import SnapshotWork
 from provisioner.volumes.devices import NodeDevices
 from stacks.names import CLUSTER_LABEL, INSTANCE_LABEL, LEDGER_LABEL, URN_LABEL
 
+log = structlog.get_logger(__name__)
+
+_NODE = "dockerHost"
+"""The input that is empty once the snapshot's node has left the cluster."""
 _GENERATION_LABEL = "machineuse.generation"
 
 
@@ -66,9 +75,14 @@ class SnapshotType(MachineuseResource):
     def diff(
         self, call: Call, *, id: str, old_inputs: Properties, old_outputs: Properties, news: Properties
     ) -> Difference:
-        """See a difference only in which snapshot it is: everything else tells where it was taken from."""
+        """See a difference in which snapshot it is, and in that its node is gone; all else tells how it was taken."""
         del call, id
-        return differ(("instance", "generation"), old=old_outputs | old_inputs, new=news)
+        old = old_outputs | old_inputs
+        found = differ(("instance", "generation"), old=old, new=news)
+        if old.get(_NODE) and news.get(_NODE) == "":
+            change = Change(kind=ChangeKind.UPDATE, replace=False)
+            return dataclasses.replace(found, changes={**found.changes, _NODE: change})
+        return found
 
     def create(self, call: Call, *, inputs: Properties) -> Created:
         """Take the snapshot, or find the one that an interrupted run completed; raises `SnapshotFailed`."""
@@ -115,6 +129,32 @@ class SnapshotType(MachineuseResource):
         except (SnapshotCorrupt, SnapshotKeyMissing) as error:
             call.warn(error.explain())
         return Found(id=id, inputs=inputs, outputs=outputs)
+
+    def update(
+        self, call: Call, *, id: str, old_inputs: Properties, old_outputs: Properties, news: Properties
+    ) -> Properties:
+        """Take over new inputs; of a node that leaves the cluster, remove what it keeps of the snapshot. Idempotent.
+
+        That stays there while the archive can't be read, and where the node can't do it: both are told, and no reason
+        for the node to stay in the cluster. Raises `SnapshotFailed` while the store can't be asked.
+        """
+        del id
+        outputs = old_outputs | news
+        left = parse(SnapshotInputs, old_outputs | old_inputs)
+        if not left.docker_host or news.get(_NODE):
+            return outputs
+        try:
+            self._store.read_manifest(left.snapshot)
+            machine = self._machine(left)
+            machine.remove_copy(left.copy_volume)
+            machine.remove_image(restored_tag(left.snapshot))
+        except (SnapshotMissing, SnapshotCorrupt, SnapshotKeyMissing, DockerError) as error:
+            log.warning("copy left on a removed node", snapshot=str(left.snapshot), node=left.node_id, error=str(error))
+            call.warn(
+                f"{left.copy_volume}, a copy of snapshot {left.snapshot}, is left on node {left.node_id}, which the"
+                f" cluster does not have any more: {error.explain()}"
+            )
+        return outputs | {"quickCopy": False}
 
     def delete(self, call: Call, *, id: str, inputs: Properties, outputs: Properties) -> None:
         """Remove the quick copy, the restored image, the cloud's snapshot and the archive.

@@ -11,9 +11,10 @@ from typer.testing import CliRunner, Result
 from api import node_cli
 from provisioner.errors import Conflict, NotFound, UnknownNode
 from provisioner.ledger import Ledger
+from provisioner.ledger.instances import Update
 from provisioner.ledger.records import NodeStatus
 from provisioner.settings import Settings
-from provisioner.states import Wanted
+from provisioner.states import Status, Wanted
 from stacks.spec import NodeSpec
 from tests.support.records import make_record
 
@@ -46,10 +47,25 @@ def test_what_is_on_a_node_that_left_the_file_can_be_given_up(project: Path) -> 
     done = remove("b", "--force", "--yes")
     assert done.exit_code == 0, done.output
     assert "mu-b is LOST" in done.output
+    assert "It does not answer: what it has of this cluster (copies of profiles too) stays on its disk." in done.output
     ledger = Ledger.open(Settings().ledger_location)
     assert ledger.instances.get("mu-b").wanted is Wanted.ABSENT
     ledger.close()
     assert (project / "Pulumi.local.yaml").read_text() == before
+
+
+def test_what_stays_on_a_node_is_said_of_one_that_does_not_answer_only(project: Path) -> None:
+    (project / "Pulumi.local.yaml").write_text(
+        json.dumps({"config": {"cluster:nodes": [{"id": "a"}, {"id": "b", "host": "unix:///b", "address": "b"}]}})
+    )
+    ledger = Ledger.open(Settings().ledger_location)
+    ledger.instances.change("mu-b", lambda _, __: Update(values={"body": False, "status": Status.DORMANT}))
+    ledger.nodes.observe("b", values={"status": NodeStatus.ONLINE})
+    ledger.close()
+    done = remove("b")
+    assert done.exit_code == 0, done.output
+    assert "1 dormant instance(s) slept there; they are revived elsewhere, from the snapshot store." in done.output
+    assert "does not answer" not in done.output
 
 
 @pytest.mark.usefixtures("project")

@@ -16,7 +16,7 @@ from provisioner.plugins.machineuse.claim import ClaimType
 from provisioner.plugins.machineuse.restore import RestoreType
 from provisioner.plugins.machineuse.snapshot import SnapshotType
 from provisioner.plugins.policy import DeleteDecision
-from provisioner.plugins.resources import Call
+from provisioner.plugins.resources import Call, Change, ChangeKind
 from provisioner.plugins.sessions import Session
 from provisioner.plugins.values import UNKNOWN
 from provisioner.snapshots.directory import DirectoryStore
@@ -141,6 +141,24 @@ def test_only_another_snapshot_is_a_difference(store: DirectoryStore, call: Call
     outputs = RESTORE | {"image": "machineuse/restored:mu-1-2"}
     assert not restores.diff(call, id="", old_inputs=RESTORE, old_outputs=outputs, news=RESTORE).changes
     assert restores.update(call, id="", old_inputs=RESTORE, old_outputs=outputs, news=RESTORE) == outputs
+
+
+def test_a_node_that_leaves_is_a_difference_and_one_that_comes_back_is_none(store: DirectoryStore, call: Call) -> None:
+    kind, _ = snapshots(store, DeleteDecision(allowed=False))
+    gone = INPUTS | {"dockerHost": ""}
+    found = kind.diff(call, id="mu-1/2", old_inputs=INPUTS, old_outputs=INPUTS, news=gone)
+    assert found.changes == {"dockerHost": Change(kind=ChangeKind.UPDATE, replace=False)}
+    assert not kind.diff(call, id="mu-1/2", old_inputs=gone, old_outputs=gone, news=gone).changes
+    assert not kind.diff(call, id="mu-1/2", old_inputs=gone, old_outputs=gone, news=INPUTS).changes
+
+
+def test_a_node_that_is_gone_for_good_may_leave_with_what_it_has(store: DirectoryStore, call: Call) -> None:
+    kind, _ = snapshots(store, DeleteDecision(allowed=False))
+    gone = INPUTS | {"dockerHost": ""}
+    outputs = INPUTS | {"quickCopy": True, "bytes": 1}
+    now = kind.update(call, id="mu-1/2", old_inputs=INPUTS, old_outputs=outputs, news=gone)
+    assert now == gone | {"quickCopy": False, "bytes": 1}
+    assert store.read_manifest(SNAPSHOT)
 
 
 def test_a_snapshot_is_there_as_long_as_its_manifest_is(store: DirectoryStore, call: Call) -> None:
