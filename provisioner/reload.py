@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -199,21 +200,25 @@ class Reload:
 
         Raises Conflict.
         """
-        records = self._ledger.instances.all()
+        bodies: defaultdict[str, list[InstanceRecord]] = defaultdict(list)
+        for record in self._ledger.instances.all():
+            if record.body:
+                bodies[record.node_id].append(record)
         leaving = False
         for node_id in sorted(gone):
-            there = [record for record in records if record.node_id == node_id and record.body]
-            staying = [record.id for record in there if not is_leaving(record)]
+            staying = [record.id for record in bodies[node_id] if not is_leaving(record)]
             if staying:
                 raise Conflict(
                     f"{self._path.name} does not name node '{node_id}' any more, but {_count(staying)} there.",
                     resolution=f"Put the node back into the file, drain it (`machineuse node drain {node_id}`), then"
                     f" remove it. If it is gone for good: `machineuse node remove {node_id} --force`.",
                 )
-            leaving |= bool(there)
-        self._refuse_other_engines(moved, records=records)
+            leaving |= bool(bodies[node_id])
+        for node in moved:
+            if bodies[node.id]:
+                self._refuse_other_engine(node, there=bodies[node.id])
         for node in nodes:
-            homes = [r.id for r in records if r.node_id == node.id and r.body and r.volume == "ebs"]
+            homes = [record.id for record in bodies[node.id] if record.volume == "ebs"]
             if homes and node.cloud is None:
                 raise Conflict(
                     f"Node '{node.id}' has no `cloud` any more, but {_count(homes)} on cloud volumes there.",
@@ -222,33 +227,29 @@ class Reload:
                 )
         return not leaving
 
-    def _refuse_other_engines(self, nodes: Iterable[NodeSpec], *, records: Iterable[InstanceRecord]) -> None:
-        """Raise Conflict for a node whose new host is not the engine that has the homes of its instances.
+    def _refuse_other_engine(self, node: NodeSpec, *, there: Collection[InstanceRecord]) -> None:
+        """Raise Conflict for a node whose new host is not the engine that has the homes of the instances `there`.
 
         Containers would be missed there, and made again around empty homes.
         """
-        for node in nodes:
-            there = [record for record in records if record.node_id == node.id and record.body]
-            if not there:
-                continue
-            resolution = f"Put its former host back, drain it (`machineuse node drain {node.id}`), then change it."
-            try:
-                volumes = list_volumes(self._hosts.of(node), cluster=self._cluster.name, ledger_id=self._ledger.id)
-            except DockerError as error:
-                raise Conflict(
-                    f"Node '{node.id}' can't become {node.host} now: {_count([r.id for r in there])} there, and whether"
-                    f" that is the same engine can't be told. {error.message}",
-                    detail=error.detail,
-                    resolution=resolution,
-                ) from error
-            homes = {volume.name for volume in volumes}
-            without = [record.id for record in there if self._names.docker_volume(record.id) not in homes]
-            if without:
-                raise Conflict(
-                    f"Node '{node.id}' can't become {node.host}: {_count(without)} there, and that engine does not have"
-                    " their homes.",
-                    resolution=resolution,
-                )
+        resolution = f"Put its former host back, drain it (`machineuse node drain {node.id}`), then change it."
+        try:
+            volumes = list_volumes(self._hosts.of(node), cluster=self._cluster.name, ledger_id=self._ledger.id)
+        except DockerError as error:
+            raise Conflict(
+                f"Node '{node.id}' can't become {node.host} now: {_count([r.id for r in there])} there, and whether"
+                f" that is the same engine can't be told. {error.message}",
+                detail=error.detail,
+                resolution=resolution,
+            ) from error
+        homes = {volume.name for volume in volumes}
+        without = [record.id for record in there if self._names.docker_volume(record.id) not in homes]
+        if without:
+            raise Conflict(
+                f"Node '{node.id}' can't become {node.host}: {_count(without)} there, and that engine does not have"
+                " their homes.",
+                resolution=resolution,
+            )
 
     def _refuse_known_engines(self, added: Collection[NodeSpec], *, spec: ClusterSpec) -> None:
         """Raise Conflict for a new node whose engine another node is; one that does not answer can't be asked."""
