@@ -97,11 +97,18 @@ class InstanceService:
         """Serve one cluster. `kill` ends an instance's container at once, without being waited for."""
         self._ledger = ledger
         self._cluster = cluster
-        self._settings = settings
+        self._limits = Limits(
+            memory=settings.memory_overcommit,
+            cpu=settings.cpu_overcommit,
+            disk=settings.disk_overcommit,
+            free_disk_gb=settings.free_disk_gb,
+        )
         self._catalogue = catalogue
         self._changes = changes
         self._kill = kill
         self._port_free = port_free
+        self._arriving: dict[str, tuple[Need, Place]] = {}
+        """Where each instance that leaves its node is counted on; the Mover is the only one to ask."""
 
     def create(self, request: CreateRequest) -> InstanceRecord:
         """Want a new instance. Raises InvalidRequest (image, node, size) and NoCapacity."""
@@ -211,14 +218,27 @@ class InstanceService:
     def _check_room_elsewhere(
         self, record: InstanceRecord, *, moving: Iterable[InstanceRecord], loads: LoadReader
     ) -> None:
-        """Raise NoCapacity unless another node has room for the instance, beside all that are on their way already."""
+        """Raise NoCapacity unless another node has room for the instance, beside all that are on their way already.
+
+        Where those go is not chosen anew for each: a whole rack may be lost, and nobody can write meanwhile.
+        """
         arrivals = Arrivals(loads.nodes(), ports_of=loads.ports)
+        before, self._arriving = self._arriving, {}
         for other in moving:
             if other.wanted is Wanted.DORMANT and other.id != record.id:
                 with contextlib.suppress(NoCapacity):  # that one waits; there may be room for a smaller one
-                    need = self._need_again(other, loads=loads, leave=True)
-                    arrivals.add(need, self._place(need, loads=arrivals))
-        self._place(self._need_again(record, loads=loads, leave=True), loads=arrivals)
+                    self._count_on(other, before.get(other.id), arrivals=arrivals, loads=loads)
+        self._count_on(record, None, arrivals=arrivals, loads=loads)
+
+    def _count_on(
+        self, record: InstanceRecord, before: tuple[Need, Place] | None, *, arrivals: Arrivals, loads: LoadReader
+    ) -> None:
+        """Count on an instance's arrival: where it was counted on before, or elsewhere. Raises NoCapacity."""
+        if before is None or not arrivals.has_room(*before, limits=self._limits):
+            need = self._need_again(record, loads=loads, leave=True)
+            before = need, self._place(need, loads=arrivals)
+        arrivals.add(*before)
+        self._arriving[record.id] = before
 
     def _need_again(
         self,
@@ -322,17 +342,11 @@ class InstanceService:
         return frozenset(node.id for node in nodes) - near
 
     def _place(self, need: Need, *, loads: LoadReader | Arrivals) -> Place:
-        settings = self._settings
         return choose_place(
             need,
             cluster=self._cluster.spec,
             nodes=loads.nodes(),
-            limits=Limits(
-                memory=settings.memory_overcommit,
-                cpu=settings.cpu_overcommit,
-                disk=settings.disk_overcommit,
-                free_disk_gb=settings.free_disk_gb,
-            ),
+            limits=self._limits,
             ports_of=loads.ports,
             port_free=self._port_free,
         )

@@ -282,9 +282,7 @@ def test_a_node_with_homes_on_cloud_volumes_stays_a_cloud_machine(tmp_path: Path
     cell.ledger.close()
 
 
-def test_a_check_of_many_nodes_goes_through_the_instances_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_check_of_many_nodes_goes_through_the_instances_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = 0
 
     class Records(list[InstanceRecord]):
