@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from provisioner.ledger import Ledger
-from provisioner.ledger.records import InstanceRecord, NodeStatus
+from provisioner.ledger.records import InstanceRecord
 from provisioner.lifecycle import DELETED
 from provisioner.plugins.policy import DeleteDecision
 from provisioner.states import Wanted
@@ -51,13 +51,10 @@ class LedgerGuard:
         return DeleteDecision(
             allowed=True,
             force=record is not None and record.force,
-            abandon=record is not None and self._is_away(_node_of(record, urn=urn, kind=kind)),
+            # Whoever asks a node that is known not to answer holds up the whole update.
+            abandon=record is not None and self._ledger.nodes.is_offline(_node_of(record, urn=urn, kind=kind)),
             stop_timeout_s=self._stop_timeout_s,
         )
-
-    def _is_away(self, node_id: str) -> bool:
-        """Say whether a node is known not to answer: whoever asks it all the same holds up the whole update."""
-        return any(node.id == node_id and node.status is NodeStatus.OFFLINE for node in self._ledger.nodes.list())
 
     def note_leftover(self, *, urn: str, host: str, name: str) -> None:
         """Remember what a forced delete left on a node that did not answer."""

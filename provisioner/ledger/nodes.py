@@ -73,6 +73,12 @@ class Nodes:
         with self._database.read() as connection:
             return set(connection.scalars(query))
 
+    def is_offline(self, node_id: str) -> bool:
+        """Say whether a node is known not to answer."""
+        query = sa.select(tables.nodes.c.status).where(tables.nodes.c.id == node_id)
+        with self._database.read() as connection:
+            return connection.scalar(query) == NodeStatus.OFFLINE.value
+
     def get(self, node_id: str) -> NodeRecord:
         """Return the node; raise NotFound."""
         with self._database.read() as connection:

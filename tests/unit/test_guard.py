@@ -11,7 +11,9 @@ from pydantic import SecretStr
 from provisioner import lifecycle
 from provisioner.guard import LedgerGuard
 from provisioner.ledger import Ledger
+from provisioner.ledger.records import NodeStatus
 from provisioner.plugins.policy import DeleteDecision
+from stacks.spec import NodeSpec
 from tests.support.records import make_record
 
 ID = "mu-test"
@@ -81,3 +83,16 @@ def test_what_the_ledger_saw_deleted_may_go(ledger: Ledger) -> None:
     ledger.instances.change(ID, lambda record, _: lifecycle.wish_absent(record, force=False))
     ledger.instances.change(ID, lambda record, _: lifecycle.note_gone(record))
     assert ask(ledger).allowed
+
+
+def test_only_what_is_on_a_node_that_does_not_answer_is_left_there(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger.nodes.sync([NodeSpec(id="local"), NodeSpec(id="other", host="unix:///other")])
+    ledger.instances.create(lambda _: (make_record(), "test"))
+    ledger.instances.change(ID, lambda record, _: lifecycle.wish_absent(record, force=False))
+    monkeypatch.setattr(ledger.nodes, "list", lambda: pytest.fail("every node was read, to know of one"))
+    for local, other in ((NodeStatus.ONLINE, NodeStatus.OFFLINE), (NodeStatus.OFFLINE, NodeStatus.ONLINE)):
+        ledger.nodes.observe("local", values={"status": local})
+        ledger.nodes.observe("other", values={"status": other})
+        assert ask(ledger).abandon is (local is NodeStatus.OFFLINE)
