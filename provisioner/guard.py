@@ -58,9 +58,14 @@ class LedgerGuard:
 
     def note_leftover(self, *, urn: str, host: str, name: str) -> None:
         """Remember what a forced delete left on a node that did not answer."""
-        node = next((node for node in self._ledger.nodes.list() if node.host == host), None)
-        if node is not None:
-            self._ledger.leftovers.add(node_id=node.id, urn=urn, name=name)
+        there = [node.id for node in self._ledger.nodes.list() if node.host == host]
+        if len(there) > 1:  # by different `ssh_opts` the same address is another machine: the instance's own it is
+            there = [node_id for node_id in there if self._has_instance_of(urn, node_id=node_id)] or there
+        if there:
+            self._ledger.leftovers.add(node_id=there[0], urn=urn, name=name)
+
+    def _has_instance_of(self, urn: str, *, node_id: str) -> bool:
+        return any(f"::{record.id}-" in urn for record in self._ledger.instances.on_node(node_id))
 
     def note_image(self, *, node_id: str, name: str) -> None:
         """Remember an image that was brought to a node."""

@@ -96,3 +96,12 @@ def test_only_what_is_on_a_node_that_does_not_answer_is_left_there(
         ledger.nodes.observe("local", values={"status": local})
         ledger.nodes.observe("other", values={"status": other})
         assert ask(ledger).abandon is (local is NodeStatus.OFFLINE)
+
+
+def test_what_is_left_is_noted_for_its_own_node_of_two_with_the_same_address(ledger: Ledger) -> None:
+    host = "ssh://root@10.0.0.2"  # in two networks, say, each behind a jump host of its own
+    ledger.nodes.sync([NodeSpec(id=name, host=host, ssh_opts=("-J", f"jump-{name}")) for name in "ab"])
+    ledger.instances.create(lambda _: (make_record(node_id="b"), "test"))
+    LedgerGuard(ledger, stop_timeout_s=1).note_leftover(urn=f"urn:x::{ID}-browser", host=host, name="its-container")
+    assert ledger.leftovers.list("a") == []
+    assert [left.name for left in ledger.leftovers.list("b")] == ["its-container"]
