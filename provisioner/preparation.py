@@ -104,8 +104,8 @@ class Preparation:
         self._ahead: dict[str, Future[None]] = {}
         """What is being made ahead, by instance."""
         self._images: dict[tuple[str, str], float] = {}
-        self._looks: dict[tuple[str, str], Future[ImageInfo | None]] = {}
-        """Who is being asked whether it has an image."""
+        self._looks: dict[tuple[str, str], tuple[Future[ImageInfo | None], float]] = {}
+        """Who is being asked whether it has an image, and since when."""
         self._patience: dict[str, float] = {}
         """Until when the delete of a killed instance waits for its capture."""
 
@@ -288,17 +288,18 @@ class Preparation:
         if record.restore_generation is not None and not record.repair:
             return False  # which image that is, is in the snapshot
         host = self._hosts.of(self._node_of(record))
-        key = (host.url, record.image)
+        key = (record.node_id, record.image)
         # What failed before may have failed because the image was removed meanwhile.
         if record.attempts == 0 and time.monotonic() - self._images.get(key, float("-inf")) < IMAGE_KNOWN_S:
             return True
         with self._lock:
-            look = self._looks.get(key)
-        if look is None:
+            look, asked_at = self._looks.get(key, (None, 0.0))
+        # Whoever asked may have gone meanwhile, and the answer be of old: that the node was silent then, say.
+        if look is None or (look.done() and time.monotonic() - asked_at > IMAGE_KNOWN_S):
             look = self._quick_pools[record.node_id].submit(find_image, host, record.image)
             look.add_done_callback(lambda _: self._changes.work.set())
             with self._lock:
-                self._looks[key] = look
+                self._looks[key] = look, time.monotonic()
             wait([look], timeout=LOOK_S)
         if not look.done():
             return None
