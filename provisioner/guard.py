@@ -51,10 +51,13 @@ class LedgerGuard:
         return DeleteDecision(
             allowed=True,
             force=record is not None and record.force,
-            # Whoever asks a node that is known not to answer holds up the whole update.
-            abandon=record is not None and self._ledger.nodes.is_offline(_node_of(record, urn=urn, kind=kind)),
+            abandon=record is not None and self._is_away(_node_of(record, urn=urn, kind=kind)),
             stop_timeout_s=self._stop_timeout_s,
         )
+
+    def _is_away(self, node_id: str) -> bool:
+        """Say whether a node is known not to answer: whoever asks it all the same holds up the whole update."""
+        return self._ledger.nodes.is_offline(node_id)
 
     def note_leftover(self, *, urn: str, host: str, name: str) -> None:
         """Remember what a forced delete left on a node that did not answer."""
