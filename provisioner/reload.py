@@ -23,7 +23,6 @@ full update. Engine runs one update at a time: those here and the converger's wa
 from __future__ import annotations
 
 import contextlib
-import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +42,7 @@ from provisioner.ledger import Ledger
 from provisioner.ledger.records import InstanceRecord, NodeStatus
 from provisioner.outcomes import error_of
 from provisioner.prepull import note_images
+from provisioner.retry import Retry
 from provisioner.settings import Settings
 from provisioner.specs import all_urns, specs_of
 from provisioner.states import Wanted
@@ -87,8 +87,8 @@ class Reload:
         self._emptying = False
         """Whether instances still leave a node that the file does not name since before the start."""
         self._told: str | None = None
-        self._next_try = _Retry()
-        self._next_update = _Retry()
+        self._next_try = Retry(first_s=LOOK_EVERY_S, longest_s=MAX_PAUSE_S)
+        self._next_update = Retry(first_s=LOOK_EVERY_S, longest_s=MAX_PAUSE_S)
 
     # ---- at the service's start
 
@@ -381,24 +381,6 @@ class Reload:
         self._told = message
         log.error("the cluster's file is not taken over", error=message, detail=detail)
         self._ledger.events.add("cluster_file_refused", message=f"the cluster stays as it was: {message}")
-
-
-class _Retry:
-    """When something that did not work is tried again: later each time."""
-
-    def __init__(self) -> None:
-        self._at = 0.0
-        self._pause_s = LOOK_EVERY_S
-
-    def is_due(self) -> bool:
-        return time.monotonic() >= self._at
-
-    def put_off(self) -> None:
-        self._at = time.monotonic() + self._pause_s
-        self._pause_s = min(self._pause_s * 2, MAX_PAUSE_S)
-
-    def forget(self) -> None:
-        self._at, self._pause_s = 0.0, LOOK_EVERY_S
 
 
 def _look_at(path: Path) -> tuple[int, ...]:
