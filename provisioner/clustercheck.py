@@ -3,7 +3,8 @@
 Refused, by a Conflict that says what to do instead:
 
 - A node is gone from the file, but an instance has its container there. (Drain the node first.)
-- A node that has instances gets another `host`, and behind that is another engine: one that lacks their homes.
+- A node that has instances gets another `host`, or other `ssh_opts`, and behind that is another engine: one that
+  lacks their homes.
 - A node that has instances on cloud volumes is no cloud machine any more.
 - A new node's `host` leads to the engine of another node: each would take the other's containers for its own.
 """

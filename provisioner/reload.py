@@ -153,7 +153,7 @@ class Reload:
         added = [node for node in spec.nodes if old.node(node.id) is None]
         gone = [node for node in old.nodes if spec.node(node.id) is None]
         changed = [(node, now) for node in old.nodes if (now := spec.node(node.id)) is not None and now != node]
-        moved = [now for was, now in changed if was.host != now.host]
+        moved = [now for was, now in changed if (was.host, was.ssh_opts) != (now.host, now.ssh_opts)]
         if not self._check.may_take_over(gone=[node.id for node in gone], moved=moved, nodes=spec.nodes):
             self._close([node.id for node in gone])
             return False

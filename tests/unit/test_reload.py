@@ -269,6 +269,16 @@ def test_another_host_for_a_node_with_instances_needs_an_answer(two: Cell) -> No
     assert two.cluster.spec.node("b").host == "unix:///nobody/b"  # type: ignore[union-attr]
 
 
+def test_other_ways_through_ssh_may_lead_to_another_engine_too(tmp_path: Path) -> None:
+    behind_a = A + "    - {id: b, host: 'ssh://nobody@127.0.0.1:1', ssh_opts: [-oBindAddress=127.0.0.1]}\n"
+    cell = Cell(tmp_path, text=behind_a)
+    cell.add()
+    cell.write(behind_a.replace("0.0.1]", "0.0.2]"))
+    (said,) = cell.events("cluster_file_refused")
+    assert "Node 'b' can't become ssh://nobody@127.0.0.1:1 now: instance mu-b is there" in said
+    cell.ledger.close()
+
+
 def test_a_node_with_homes_on_cloud_volumes_stays_a_cloud_machine(tmp_path: Path) -> None:
     aws = AB.replace("b'}", "b', volume: ebs, cloud: {instance_id: i-b, zone: us-east-1a}}")
     cell = Cell(tmp_path, text=aws)
