@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from provisioner import lifecycle, service
+from provisioner import lifecycle, placer
 from provisioner.changes import Changes
 from provisioner.cluster import Cluster
 from provisioner.docker_hosts.hosts import DockerHosts
@@ -188,7 +188,7 @@ def test_where_those_go_that_leave_already_is_not_chosen_again_for_each_that_fol
         chosen += 1
         return choose_place(*args, **kwargs)
 
-    monkeypatch.setattr(service, "choose_place", count)
+    monkeypatch.setattr(placer, "choose_place", count)
     moves.mover.step()
     assert (chosen, len(moves.ledger.instances.moving())) == (6, 6)
 
@@ -203,7 +203,7 @@ def test_who_leaves_already_is_counted_on_elsewhere_once_its_place_is_taken(move
         moves.add(f"mu-n{number}", memory_gb=1.0)
     moves.lose("a")
     moves.service.give_up_body("mu-n0", away_s=DAY_S)
-    counted_on = moves.service._arriving["mu-n0"][1].node.id
+    counted_on = moves.service._placer._arriving["mu-n0"][1].node.id
     moves.ledger.instances.create(
         lambda _: (make_record(id="mu-new", node_id=counted_on, memory_gb=1.0, debug_port=22000, stream_port=22001), "")
     )
