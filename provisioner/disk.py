@@ -20,7 +20,7 @@ from provisioner.health import MOST_NODES_AT_ONCE
 from provisioner.idle import up_browsers
 from provisioner.ledger import Ledger
 from provisioner.ledger.instances import LoadReader, Update
-from provisioner.ledger.records import InstanceRecord, NodeStatus
+from provisioner.ledger.records import InstanceRecord
 from provisioner.states import UP
 from stacks.names import Names
 from stacks.spec import NodeSpec
@@ -68,7 +68,7 @@ class DiskWatch:
         for record in self._ledger.instances.all():
             if record.status in UP and record.id not in silent:
                 up.setdefault(record.node_id, []).append(record)
-        online = {node.id for node in self._ledger.nodes.list() if node.status is NodeStatus.ONLINE}
+        online = self._ledger.nodes.online()
         nodes = [node for node in self._cluster.nodes if node.id in online and node.id in up]
         used: dict[str, int] = {}
         with ThreadPoolExecutor(max_workers=MOST_NODES_AT_ONCE, thread_name_prefix="machineuse-disk") as pool:

@@ -18,7 +18,6 @@ from provisioner.docker_hosts.hosts import DockerHost, DockerHosts
 from provisioner.docker_hosts.images import ListedImage, list_images, remove_image
 from provisioner.errors import DockerError, MachineuseError, SnapshotMissing
 from provisioner.ledger import Ledger
-from provisioner.ledger.records import NodeStatus
 from provisioner.snapshots.machine import RESTORED_REPOSITORY
 from provisioner.snapshots.manifest import SnapshotId
 from provisioner.snapshots.restore import restored_tag
@@ -65,7 +64,7 @@ class ImageGc:
         budget_gb = self._cluster.spec.image_cache_gb
         if budget_gb is None:
             return
-        online = {node.id for node in self._ledger.nodes.list() if node.status is NodeStatus.ONLINE}
+        online = self._ledger.nodes.online()
         for node in self._cluster.nodes:
             if node.id not in online:
                 continue

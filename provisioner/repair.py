@@ -31,7 +31,7 @@ from provisioner.docker_hosts.volumes import remove_volume
 from provisioner.errors import DockerError, NotFound
 from provisioner.health import MOST_NODES_AT_ONCE
 from provisioner.ledger import Ledger
-from provisioner.ledger.records import InstanceRecord, NodeStatus, SnapshotState
+from provisioner.ledger.records import InstanceRecord, SnapshotState
 from provisioner.lifecycle import DELETED
 from provisioner.snapshots.machine import RESTORED_REPOSITORY
 from provisioner.states import UP, Wanted
@@ -83,7 +83,7 @@ class Repair:
 
     def step(self) -> None:
         """Look at every node that is online, all at once."""
-        online = {node.id for node in self._ledger.nodes.list() if node.status is NodeStatus.ONLINE}
+        online = self._ledger.nodes.online()
         with_volumes = self._steps % VOLUMES_EVERY_STEPS < SIGHTINGS  # in steps that follow on each other
         self._steps += 1
         looks = [
