@@ -199,7 +199,7 @@ def test_the_newest_events_are_kept(ledger: Ledger, monkeypatch: pytest.MonkeyPa
     ledger.events.prune()
     kept = ledger.events.list()
     assert [event.message for event in kept] == ["2", "3"]
-    assert ledger.events.list(after_id=kept[0].id) == kept[1:]
+    assert ledger.events.list(limit=1) == kept[1:]
     assert ledger.events.tell_of("test", instance_id="mu-test")
     assert not ledger.events.tell_of("other", instance_id="mu-test")
 
