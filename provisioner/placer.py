@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable, Iterable
 
 from provisioner.cluster import Cluster
-from provisioner.errors import NoCapacity
+from provisioner.errors import InvalidRequest, NoCapacity
 from provisioner.ledger.instances import LoadReader
 from provisioner.ledger.records import InstanceRecord
 from provisioner.placement import Arrivals, Limits, Need, Place, choose_place
@@ -77,7 +77,9 @@ class Placer:
         before, self._arriving = self._arriving, {}
         for other in moving:
             if other.wanted is Wanted.DORMANT and other.id != record.id:
-                with contextlib.suppress(NoCapacity):  # that one waits; there may be room for a smaller one
+                with contextlib.suppress(
+                    NoCapacity, InvalidRequest
+                ):  # that one waits; there may be room for a smaller one
                     self._count_on(other, before.get(other.id), arrivals=arrivals, loads=loads)
         self._count_on(record, None, arrivals=arrivals, loads=loads)
 

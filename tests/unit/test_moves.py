@@ -388,6 +388,22 @@ def test_a_drain_waits_while_no_other_node_has_room(moves: Moves) -> None:
     assert moves.record.node_id == "b"
 
 
+@pytest.mark.parametrize("lost", [True, False])
+def test_what_is_too_large_for_any_node_by_now_keeps_no_other_from_being_moved(moves: Moves, *, lost: bool) -> None:
+    moves.add(memory_gb=4.0)
+    moves.add("mu-small", memory_gb=1.0)
+    for node_id in "ab":  # both machines were given less
+        moves.observe(node_id, status=NodeStatus.ONLINE, memory_bytes=2 * 2**30)
+    if lost:
+        moves.observe("a", status=NodeStatus.OFFLINE, misses=9, offline_since=1.0, memory_bytes=2 * 2**30)
+    else:
+        moves.mark("a", Availability.DRAINING)
+    moves.run()
+    assert moves.ledger.instances.get("mu-small").node_id == "b"
+    assert (moves.record.node_id, moves.record.wanted) == ("a", Wanted.RUNNING)
+    assert "4 GB is more than any node has" in moves.events("not_moved")[0]
+
+
 def test_a_drain_whose_snapshot_fails_leaves_the_instance_running(moves: Moves) -> None:
     moves.add()
     moves.mark("a", Availability.DRAINING)
