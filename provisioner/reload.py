@@ -120,6 +120,8 @@ class Reload:
         except MachineuseError as error:
             self._next_try.put_off()
             self._tell(error.explain(), detail=error.detail)
+            if self._owed is None:
+                self._hosts.keep_only(self._cluster.nodes)  # whoever was asked, and is none of ours after all
         if self._emptying:
             self.sync()
         if self._owed is not None and self._next_update.is_due():

@@ -276,6 +276,8 @@ def test_other_ways_through_ssh_may_lead_to_another_engine_too(tmp_path: Path) -
     cell.write(behind_a.replace("0.0.1]", "0.0.2]"))
     (said,) = cell.events("cluster_file_refused")
     assert "Node 'b' can't become ssh://nobody@127.0.0.1:1 now: instance mu-b is there" in said
+    asked = {ssh_opts for _, _, ssh_opts in cell.hosts._hosts}
+    assert ("-oBindAddress=127.0.0.2",) not in asked, "an ssh runs on, to a machine that is no node"
     cell.ledger.close()
 
 
