@@ -16,7 +16,7 @@ from provisioner.states import UP
 
 def show_instances(services: Services, records: Sequence[InstanceRecord]) -> list[schemas.Instance]:
     """Show instances with what their nodes and the newest samples say of them."""
-    nodes = {node.id: node for node in services.ledger.nodes.list()}
+    nodes = {node.id: node for node in services.ledger.nodes.list({record.node_id for record in records})}
     running = [record.id for record in records if record.status in UP]
     usages = services.ledger.samples.latest(Scope.INSTANCE, running)
     return [

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import structlog
 
 from provisioner.cluster import Cluster
+from provisioner.errors import CloudConflict, CloudError
 from provisioner.ledger import Ledger
 from provisioner.ledger.records import InstanceRecord
 from provisioner.lifecycle import DELETED
@@ -49,10 +50,10 @@ class CloudOrphans:
         self._strangers: set[str] = set()
 
     def step(self) -> None:
-        """Look once. Raises CloudError."""
+        """Look once. A region, or a thing, that refuses keeps no other from being looked at: it has its next turn."""
         regions = sorted({node.cloud.region for node in self._cluster.nodes if node.cloud is not None})
         # The cloud first, then the ledger: what the ledger knows by then can't be an orphan.
-        found = [suspect for region in regions for suspect in self._list(self._regions.of(region))]
+        found = [suspect for region in regions for suspect in self._look_into(region)]
         records = {record.id: record for record in self._ledger.instances.all()}
         for suspect in self._sightings.see(s for s in found if not _is_needed(s, records.get(s.instance_id))):
             record = self._ledger.instances.find(suspect.instance_id)
@@ -61,7 +62,17 @@ class CloudOrphans:
             if record is None and not self._ledger.events.tell_of(DELETED, instance_id=suspect.instance_id):
                 self._tell_of_stranger(suspect)
                 continue
-            self._remove(suspect)
+            try:
+                self._remove(suspect)
+            except (CloudError, CloudConflict) as error:
+                log.warning("cloud orphan not removed", id=suspect.id, error=error.message, detail=error.detail)
+
+    def _look_into(self, region: str) -> list[_Suspect]:
+        try:
+            return self._list(self._regions.of(region))
+        except CloudError as error:
+            log.warning("cloud not looked through", region=region, error=error.message, detail=error.detail)
+            return []
 
     def _list(self, cloud: Cloud) -> list[_Suspect]:
         tags = {CLUSTER_LABEL: self._cluster.name, LEDGER_LABEL: self._ledger.id}

@@ -114,7 +114,7 @@ class CloudPreparation:
         node = self._cluster.node(record.node_id)
         if node is None:
             return
-        away = node.id not in self._ledger.nodes.online()  # what is left there is noted by the update
+        away = self._ledger.nodes.is_offline(node.id)  # what is left there is noted by the update
         try:
             if away:
                 raise NodeUnreachable(f"Node {node.id} does not answer.")

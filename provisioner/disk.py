@@ -16,10 +16,11 @@ from provisioner.docker_hosts.disk import measure_volumes
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.docker_hosts.inventory import list_containers
 from provisioner.errors import DockerError
+from provisioner.health import MOST_NODES_AT_ONCE
 from provisioner.idle import up_browsers
 from provisioner.ledger import Ledger
 from provisioner.ledger.instances import LoadReader, Update
-from provisioner.ledger.records import InstanceRecord, NodeStatus
+from provisioner.ledger.records import InstanceRecord
 from provisioner.states import UP
 from stacks.names import Names
 from stacks.spec import NodeSpec
@@ -67,13 +68,12 @@ class DiskWatch:
         for record in self._ledger.instances.all():
             if record.status in UP and record.id not in silent:
                 up.setdefault(record.node_id, []).append(record)
-        online = {node.id for node in self._ledger.nodes.list() if node.status is NodeStatus.ONLINE}
+        online = self._ledger.nodes.online()
         nodes = [node for node in self._cluster.nodes if node.id in online and node.id in up]
         used: dict[str, int] = {}
-        if nodes:
-            with ThreadPoolExecutor(max_workers=len(nodes), thread_name_prefix="machineuse-disk") as pool:
-                for found in pool.map(lambda node: self._measure(node, up[node.id], homes=homes), nodes):
-                    used |= found
+        with ThreadPoolExecutor(max_workers=MOST_NODES_AT_ONCE, thread_name_prefix="machineuse-disk") as pool:
+            for found in pool.map(lambda node: self._measure(node, up[node.id], homes=homes), nodes):
+                used |= found
 
         def observe(record: InstanceRecord, _: LoadReader) -> Update | None:
             return observe_disk(record, used_bytes=used[record.id])

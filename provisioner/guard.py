@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from provisioner.ledger import Ledger
-from provisioner.ledger.records import InstanceRecord, NodeStatus
+from provisioner.ledger.records import InstanceRecord
 from provisioner.lifecycle import DELETED
 from provisioner.plugins.policy import DeleteDecision
 from provisioner.states import Wanted
@@ -57,13 +57,18 @@ class LedgerGuard:
 
     def _is_away(self, node_id: str) -> bool:
         """Say whether a node is known not to answer: whoever asks it all the same holds up the whole update."""
-        return any(node.id == node_id and node.status is NodeStatus.OFFLINE for node in self._ledger.nodes.list())
+        return self._ledger.nodes.is_offline(node_id)
 
     def note_leftover(self, *, urn: str, host: str, name: str) -> None:
         """Remember what a forced delete left on a node that did not answer."""
-        node = next((node for node in self._ledger.nodes.list() if node.host == host), None)
-        if node is not None:
-            self._ledger.leftovers.add(node_id=node.id, urn=urn, name=name)
+        there = [node.id for node in self._ledger.nodes.list() if node.host == host]
+        if len(there) > 1:  # by different `ssh_opts` the same address is another machine: the instance's own it is
+            there = [node_id for node_id in there if self._has_instance_of(urn, node_id=node_id)] or there
+        if there:
+            self._ledger.leftovers.add(node_id=there[0], urn=urn, name=name)
+
+    def _has_instance_of(self, urn: str, *, node_id: str) -> bool:
+        return any(f"::{record.id}-" in urn for record in self._ledger.instances.on_node(node_id))
 
     def note_image(self, *, node_id: str, name: str) -> None:
         """Remember an image that was brought to a node."""

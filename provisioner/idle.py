@@ -18,7 +18,7 @@ from provisioner.cluster import Cluster
 from provisioner.errors import Conflict, NotFound, SnapshotFailed
 from provisioner.ledger import Ledger
 from provisioner.ledger.instances import Update
-from provisioner.ledger.records import InstanceRecord, NodeStatus
+from provisioner.ledger.records import InstanceRecord
 from provisioner.service import InstanceService
 from provisioner.settings import Settings
 from provisioner.states import UP, Status
@@ -28,7 +28,7 @@ log = structlog.get_logger(__name__)
 
 def up_browsers(ledger: Ledger, *, cluster: Cluster) -> tuple[dict[str, InstanceRecord], dict[str, str]]:
     """Return the instances whose browser can be asked now, and where, both by id."""
-    online = {node.id for node in ledger.nodes.list() if node.status is NodeStatus.ONLINE}
+    online = ledger.nodes.online()
     records: dict[str, InstanceRecord] = {}
     urls: dict[str, str] = {}
     for record in ledger.instances.all():

@@ -18,7 +18,6 @@ from provisioner.docker_hosts.hosts import DockerHost, DockerHosts
 from provisioner.docker_hosts.images import ListedImage, list_images, remove_image
 from provisioner.errors import DockerError, MachineuseError, SnapshotMissing
 from provisioner.ledger import Ledger
-from provisioner.ledger.records import NodeStatus
 from provisioner.snapshots.machine import RESTORED_REPOSITORY
 from provisioner.snapshots.manifest import SnapshotId
 from provisioner.snapshots.restore import restored_tag
@@ -65,7 +64,7 @@ class ImageGc:
         budget_gb = self._cluster.spec.image_cache_gb
         if budget_gb is None:
             return
-        online = {node.id for node in self._ledger.nodes.list() if node.status is NodeStatus.ONLINE}
+        online = self._ledger.nodes.online()
         for node in self._cluster.nodes:
             if node.id not in online:
                 continue
@@ -77,14 +76,26 @@ class ImageGc:
     def _collect(self, node: NodeSpec, *, budget_bytes: int) -> None:
         host = self._hosts.of(node)
         images = list_images(host)
+        catalogue = Needed(names=frozenset(map(_full, self._cluster.spec.wanted_images)), ids=frozenset())
+        if not self._choose(node, images, needed=catalogue, budget_bytes=budget_bytes):
+            return  # nor with all that is needed, which takes a look at every instance of the cluster
         needed = self._needed()  # after the list: what came since is not in it
+        for candidate in self._choose(node, images, needed=needed, budget_bytes=budget_bytes):
+            self._remove(host, node, candidate)
+
+    def _choose(
+        self, node: NodeSpec, images: list[ListedImage], *, needed: Needed, budget_bytes: int
+    ) -> list[_Candidate]:
+        """Return what is to be removed for the budget to hold; the less is needed, the more that is."""
         candidates = list(self._candidates(node, images, needed=needed))
         spent = sum(candidate.image.bytes for candidate in candidates)
+        chosen: list[_Candidate] = []
         for candidate in sorted(candidates, key=lambda candidate: (not candidate.at_once, candidate.used_at)):
             if not candidate.at_once and spent <= budget_bytes:
                 break
             spent -= candidate.image.bytes
-            self._remove(host, node, candidate)
+            chosen.append(candidate)
+        return chosen
 
     def _needed(self) -> Needed:
         """Return what must stay; raises SnapshotFailed when the snapshot store can't be asked."""

@@ -12,7 +12,6 @@ from provisioner.docker_hosts.images import find_usable_image
 from provisioner.docker_hosts.transfers import bring_image
 from provisioner.errors import UnknownImage
 from provisioner.ledger import Ledger
-from provisioner.ledger.records import NodeStatus
 from provisioner.snapshots.manifest import Manifest, PartName
 from stacks.spec import ARCH, NodeSpec
 
@@ -73,7 +72,7 @@ class ImageSupply:
         self.bring(node, image, instance_id=instance_id)
 
     def _sources(self, node: NodeSpec) -> list[DockerHost]:
-        online = {known.id for known in self._ledger.nodes.list() if known.status is NodeStatus.ONLINE}
+        online = self._ledger.nodes.online()
         return [self._hosts.of(other) for other in self._cluster.nodes if other.id != node.id and other.id in online]
 
 

@@ -17,7 +17,7 @@ from provisioner.changes import Changes
 from provisioner.cluster import Cluster
 from provisioner.ledger import Ledger
 from provisioner.ledger.instances import LoadReader, Update
-from provisioner.ledger.records import InstanceRecord, NodeStatus
+from provisioner.ledger.records import InstanceRecord
 from provisioner.settings import Settings
 from provisioner.states import UP, Wanted
 
@@ -44,7 +44,7 @@ class LiveSnapshots:
         if every_minutes is None:
             return
         every_s = every_minutes * self._settings.minute_s
-        online = {node.id for node in self._ledger.nodes.list() if node.status is NodeStatus.ONLINE}
+        online = self._ledger.nodes.online()
         records = self._ledger.instances.all()
         under_way = Counter(record.node_id for record in records if record.pending_live is not None)
         now = time.time()

@@ -22,6 +22,7 @@ from provisioner.docker_hosts.hosts import DockerHost, DockerHosts
 from provisioner.docker_hosts.inventory import list_containers
 from provisioner.docker_hosts.stats import Reading, cpu_percent, read_container
 from provisioner.errors import DockerError, InvalidRequest, NodeUnreachable
+from provisioner.health import MOST_NODES_AT_ONCE
 from provisioner.ledger import Ledger
 from provisioner.ledger.records import InstanceRecord, NodeRecord, NodeStatus
 from provisioner.ledger.samples import HOUR, RAW, TEN_MINUTES, Sample, Scope, Usage
@@ -114,10 +115,9 @@ class Sampler:
         online = {node.id: node for node in self._ledger.nodes.list() if node.status is NodeStatus.ONLINE}
         nodes = [node for node in self._cluster.nodes if node.id in online]
         samples: list[Sample] = []
-        if nodes:
-            with ThreadPoolExecutor(max_workers=len(nodes), thread_name_prefix="machineuse-sample") as pool:
-                for taken in pool.map(lambda node: self._sample(node, online[node.id], records=records), nodes):
-                    samples.extend(taken)
+        with ThreadPoolExecutor(max_workers=MOST_NODES_AT_ONCE, thread_name_prefix="machineuse-sample") as pool:
+            for taken in pool.map(lambda node: self._sample(node, online[node.id], records=records), nodes):
+                samples.extend(taken)
         self._ledger.samples.add(samples, at=at)
         if self._steps % PRUNE_EVERY_STEPS == 0:
             self._ledger.samples.prune()

@@ -19,7 +19,7 @@ import structlog
 
 from provisioner import lifecycle
 from provisioner.cluster import Cluster
-from provisioner.errors import Conflict, NoCapacity, NotFound
+from provisioner.errors import Conflict, InvalidRequest, NoCapacity, NotFound
 from provisioner.ledger import Ledger
 from provisioner.ledger.records import InstanceRecord, Moving, NodeRecord, NodeStatus
 from provisioner.service import InstanceService
@@ -102,7 +102,7 @@ class Mover:
         self._pauses[record.id] = (time.monotonic() + pause_s, pause_s)
         try:
             now = move(record.id)
-        except NoCapacity as error:
+        except (NoCapacity, InvalidRequest) as error:  # too large by now for any node: one was made smaller, say
             self._tell(record, f"it can't be moved from node {record.node_id} now: {error.explain()}")
             return False
         except (Conflict, NotFound) as error:

@@ -17,7 +17,6 @@ from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.errors import DockerError
 from provisioner.health import MOST_NODES_AT_ONCE
 from provisioner.ledger import Ledger
-from provisioner.ledger.records import NodeStatus
 from stacks.spec import NodeSpec
 
 log = structlog.get_logger(__name__)
@@ -33,7 +32,7 @@ class NodeDisks:
 
     def step(self) -> None:
         """Measure every node that is online and elsewhere once, all at the same time."""
-        online = {node.id for node in self._ledger.nodes.list() if node.status is NodeStatus.ONLINE}
+        online = self._ledger.nodes.online()
         nodes = [node for node in self._cluster.nodes if node.id in online]
         with ThreadPoolExecutor(max_workers=MOST_NODES_AT_ONCE, thread_name_prefix="machineuse-node-disk") as pool:
             list(pool.map(self._measure, nodes))

@@ -128,6 +128,7 @@ class Arrivals:
     def __init__(self, nodes: Sequence[NodeState], *, ports_of: PortReader) -> None:
         self._nodes = {node.id: node for node in nodes}
         self._ports_of = ports_of
+        self._promised: dict[str, frozenset[int]] = {}
         self._ports: defaultdict[str, set[int]] = defaultdict(set)
 
     def nodes(self) -> list[NodeState]:
@@ -136,7 +137,15 @@ class Arrivals:
 
     def ports(self, node_id: str) -> frozenset[int]:
         """Return the ports that a node will have promised."""
-        return self._ports_of(node_id) | self._ports[node_id]
+        if node_id not in self._promised:
+            self._promised[node_id] = self._ports_of(node_id)
+        return self._promised[node_id] | self._ports[node_id]
+
+    def has_room(self, need: Need, place: Place, *, limits: Limits) -> bool:
+        """Say whether a place that was chosen before will still do."""
+        state = self._nodes.get(place.node.id)
+        found = weigh(need, node=place.node, state=state, limits=limits)
+        return not isinstance(found, Found) and self.ports(place.node.id).isdisjoint(place.ports)
 
     def add(self, need: Need, place: Place) -> None:
         """Count on one more arrival."""

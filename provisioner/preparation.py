@@ -31,7 +31,7 @@ from provisioner.docker_hosts.volumes import remove_volume
 from provisioner.errors import MachineuseError, NodeUnreachable, UnknownNode
 from provisioner.image_supply import ImageSupply
 from provisioner.ledger import Ledger
-from provisioner.ledger.records import InstanceRecord, NodeStatus
+from provisioner.ledger.records import InstanceRecord
 from provisioner.plugins.docker.provider import DockerProvider
 from provisioner.plugins.machineuse.snapshot import labels_of
 from provisioner.settings import Settings
@@ -104,8 +104,8 @@ class Preparation:
         self._ahead: dict[str, Future[None]] = {}
         """What is being made ahead, by instance."""
         self._images: dict[tuple[str, str], float] = {}
-        self._looks: dict[tuple[str, str], Future[ImageInfo | None]] = {}
-        """Who is being asked whether it has an image."""
+        self._looks: dict[tuple[str, str], tuple[Future[ImageInfo | None], float]] = {}
+        """Who is being asked whether it has an image, and since when."""
         self._patience: dict[str, float] = {}
         """Until when the delete of a killed instance waits for its capture."""
 
@@ -289,18 +289,19 @@ class Preparation:
             return False  # which image that is, is in the snapshot
         node = self._node_of(record)
         host = self._hosts.of(node)
-        key = (host.url, record.image)
+        key = (node.id, record.image)
         # What failed before may have failed because the image was removed meanwhile.
         if record.attempts == 0 and time.monotonic() - self._images.get(key, float("-inf")) < IMAGE_KNOWN_S:
             return True
         with self._lock:
-            look = self._looks.get(key)
-        if look is None:
+            look, asked_at = self._looks.get(key, (None, 0.0))
+        # Whoever asked may have gone meanwhile, and the answer be of old: that the node was silent then, say.
+        if look is None or (look.done() and time.monotonic() - asked_at > IMAGE_KNOWN_S):
             pool = self._quick_pools[node.id]
             look = pool.submit(find_usable_image, host, record.image, emulated=node.labels.get(ARCH))
             look.add_done_callback(lambda _: self._changes.work.set())
             with self._lock:
-                self._looks[key] = look
+                self._looks[key] = look, time.monotonic()
             wait([look], timeout=LOOK_S)
         if not look.done():
             return None
@@ -395,7 +396,7 @@ class Preparation:
 
     def _is_away(self, node: NodeSpec) -> bool:
         """Say whether a node is known not to answer."""
-        return any(known.id == node.id and known.status is NodeStatus.OFFLINE for known in self._ledger.nodes.list())
+        return self._ledger.nodes.is_offline(node.id)
 
 
 def _as_inputs(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import defaultdict
 from collections.abc import Collection
 from typing import Protocol
 
@@ -20,6 +21,7 @@ from provisioner.engine import Engine, UpdateResult
 from provisioner.errors import MachineuseError, NodeUnreachable
 from provisioner.ledger import Ledger
 from provisioner.outcomes import error_of
+from provisioner.retry import Retry
 from stacks.cluster import declare
 from stacks.names import NODE_IMAGE_TYPE, Names, node_if_there, node_image_name
 from stacks.spec import ClusterSpec, NodeSpec
@@ -32,6 +34,8 @@ LOOK_EVERY_S = 2.0
 FIRST_PAUSE_S = 10.0
 MAX_PAUSE_S = 600.0
 """How long at most a node is left alone after an image could not be brought to it."""
+MAX_UPDATE_PAUSE_S = 60.0
+"""How long at most the stack is left alone after it could not be told: each try holds it, and everybody waits."""
 ENOUGH_S = 1.0
 """After a node that took longer, the stack is told of what is there before the next one has its turn."""
 
@@ -52,8 +56,11 @@ class Prepull:
         self._supply = supply
         self._names = Names(cluster.name)
         self._engine: Engine | None = None
-        self._pauses: dict[str, tuple[float, float]] = {}
-        """Until when a node is left alone, and for how long that was."""
+        self._retries: defaultdict[str, Retry] = defaultdict(
+            lambda: Retry(first_s=FIRST_PAUSE_S, longest_s=MAX_PAUSE_S)
+        )
+        """When each node is tried again."""
+        self._next_update = Retry(first_s=LOOK_EVERY_S, longest_s=MAX_UPDATE_PAUSE_S)
         self._told: set[tuple[str, str, str]] = set()
 
     def use(self, engine: Engine) -> None:
@@ -62,7 +69,7 @@ class Prepull:
 
     def step(self) -> None:
         """Bring what is missing to the nodes that answer, and let the stack know. Raises EngineError."""
-        if self._engine is None:
+        if self._engine is None or not self._next_update.is_due():
             return
         spec = self._cluster.spec
         known = _in_stack(self._ledger)
@@ -77,7 +84,7 @@ class Prepull:
         online = self._ledger.nodes.online()
         began = time.monotonic()
         for node in spec.nodes:
-            if node.id not in online or time.monotonic() < self._pauses.get(node.id, (0.0, 0.0))[0]:
+            if node.id not in online or not self._retries[node.id].is_due():
                 continue
             for image in spec.wanted_images:
                 name = node_image_name(node.id, image)
@@ -91,7 +98,7 @@ class Prepull:
         try:
             self._supply.bring(node, image)
         except MachineuseError as error:
-            self._put_off(node)
+            self._retries[node.id].put_off()
             log.warning("image not brought", node=node.id, image=image, error=error.message, detail=error.detail)
             if not isinstance(error, NodeUnreachable):  # of which the heartbeats tell
                 self._tell(node, image, why=error.explain())
@@ -106,22 +113,19 @@ class Prepull:
 
         urns = {name: self._names.urn(NODE_IMAGE_TYPE, name) for name in {*brought, *stale}}
         targets = [*(urns[name] for name in sorted(brought)), *(node_if_there(urns[name]) for name in sorted(stale))]
-        result = engine.update(program, targets=targets)
+        self._next_update.put_off()
+        result = engine.update(program, targets=targets)  # raises EngineError into the loop's log, and is tried again
         note_images(self._ledger, result)
         for urn, words in result.errors.items():
             log.warning("the stack was not told of an image", urn=urn or None, error=error_of(words).message)
         for name, node in brought.items():
             if urns[name] in result.outputs:
-                self._pauses.pop(node.id, None)
+                self._retries[node.id].forget()
             else:
-                self._put_off(node)
-        if not result.errors:  # what the stack did not have either
-            _write(self._ledger, _in_stack(self._ledger) - set(stale))
-
-    def _put_off(self, node: NodeSpec) -> None:
-        _, pause_s = self._pauses.get(node.id, (0.0, FIRST_PAUSE_S / 2))
-        pause_s = min(pause_s * 2, MAX_PAUSE_S)
-        self._pauses[node.id] = (time.monotonic() + pause_s, pause_s)
+                self._retries[node.id].put_off()
+        if not result.errors:
+            self._next_update.forget()
+            _write(self._ledger, _in_stack(self._ledger) - set(stale))  # what the stack did not have either
 
     def _tell(self, node: NodeSpec, image: str, *, why: str) -> None:
         if (node.id, image, why) not in self._told:

@@ -16,7 +16,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TypeVar
@@ -134,15 +134,16 @@ class Readiness:
         self._lookers = ThreadPoolExecutor(max_workers=8, thread_name_prefix="machineuse-ready-docker")
 
     def start(self) -> None:
-        """Start the thread, and wait for everything that the ledger says is waited for."""
+        """Start the thread, and wait for everything that the ledger says is waited for.
+
+        Raises what keeps the thread from running: that there are too many open files, say.
+        """
         if self._thread is not None:
             return
-        running = threading.Event()
-        self._thread = threading.Thread(
-            target=lambda: asyncio.run(self._serve(running)), name="machineuse-readiness", daemon=True
-        )
+        started: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(started,), name="machineuse-readiness", daemon=True)
         self._thread.start()
-        running.wait()
+        started.result()
         self.step()
 
     def stop(self, *, timeout_s: float = 5.0) -> None:
@@ -225,12 +226,20 @@ class Readiness:
 
     # ---- in the thread
 
-    async def _serve(self, running: threading.Event) -> None:
-        self._loop = asyncio.get_running_loop()
+    def _run(self, started: Future[None]) -> None:
+        try:
+            asyncio.run(self._serve(started))
+        except Exception as error:  # the outermost frame of the thread
+            if started.done():
+                raise
+            started.set_exception(error)  # whoever started it would wait for ever
+
+    async def _serve(self, started: Future[None]) -> None:
         self._stopping = asyncio.Event()
         async with BrowserStatusClient() as client:
             self._client = client
-            running.set()
+            self._loop = asyncio.get_running_loop()
+            started.set_result(None)
             await self._stopping.wait()
             tasks = [watch.task for watch in list(self._watches.values()) if watch.task is not None]
             for task in tasks:

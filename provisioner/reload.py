@@ -1,12 +1,7 @@
 """Keeps the cluster as its file says, while the service runs: nodes come and go with an edit of it.
 
 An edit is taken over as a whole or not at all. A file with a mistake, or one that asks for what can't be, changes
-nothing: it is told of once, in an event and the log, and looked at again. What can't be:
-
-- A node is gone from the file, but an instance has its container there. (Drain the node first.)
-- A node that has instances gets another `host`, and behind that is another engine: one that lacks their homes.
-- A node that has instances on cloud volumes is no cloud machine any more.
-- A new node's `host` leads to the engine of another node: each would take the other's containers for its own.
+nothing: it is told of once, in an event and the log, and looked at again. What can't be, clustercheck.py says.
 
 What is taken over, in this order; a crash between any two is made good by the full update of the next start:
 
@@ -22,26 +17,23 @@ full update. Engine runs one update at a time: those here and the converger's wa
 
 from __future__ import annotations
 
-import contextlib
-import time
 from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import structlog
 
 from provisioner.changes import Changes
 from provisioner.cluster import APPLIED, Cluster, fingerprint, in_stack
+from provisioner.clustercheck import ClusterCheck
 from provisioner.clusterfile import parse_cluster, path_of, read_text
 from provisioner.docker_hosts.hosts import DockerHosts
-from provisioner.docker_hosts.inventory import find_owner, list_volumes
 from provisioner.engine import Engine, Program
-from provisioner.errors import Conflict, DockerError, EngineError, LedgerMismatch, MachineuseError
-from provisioner.health import MOST_NODES_AT_ONCE
+from provisioner.errors import EngineError, LedgerMismatch, MachineuseError
 from provisioner.ledger import Ledger
-from provisioner.ledger.records import InstanceRecord, NodeStatus
+from provisioner.ledger.records import NodeStatus
 from provisioner.outcomes import error_of
 from provisioner.prepull import note_images
+from provisioner.retry import Retry
 from provisioner.settings import Settings
 from provisioner.specs import all_urns, specs_of
 from provisioner.states import Wanted
@@ -75,6 +67,7 @@ class Reload:
         self._changes = changes
         self._names = Names(cluster.name)
         self._path: Path = path_of(settings.project_dir, cluster=cluster.name)
+        self._check = ClusterCheck(ledger, hosts=hosts, cluster=cluster.name, file=self._path.name)
         self._engine: Engine | None = None
         self._last_look: tuple[int, ...] | None = None
         self._seen: tuple[int, ...] | None = None
@@ -86,8 +79,8 @@ class Reload:
         self._emptying = False
         """Whether instances still leave a node that the file does not name since before the start."""
         self._told: str | None = None
-        self._next_try = _Retry()
-        self._next_update = _Retry()
+        self._next_try = Retry(first_s=LOOK_EVERY_S, longest_s=MAX_PAUSE_S)
+        self._next_update = Retry(first_s=LOOK_EVERY_S, longest_s=MAX_PAUSE_S)
 
     # ---- at the service's start
 
@@ -96,9 +89,9 @@ class Reload:
         known = {node.id: node.host for node in self._ledger.nodes.list()}
         if known:
             added = [node for node in self._cluster.nodes if node.id not in known]
-            self._refuse_known_engines(added, spec=self._cluster.spec)
+            self._check.refuse_known_engines(added, spec=self._cluster.spec)
         moved = [node for node in self._cluster.nodes if known.get(node.id, node.host) != node.host]
-        self._emptying = not self._check(
+        self._emptying = not self._check.may_take_over(
             gone=known.keys() - {node.id for node in self._cluster.nodes}, moved=moved, nodes=self._cluster.nodes
         )
         self._ledger.nodes.sync(self._cluster.nodes)
@@ -127,6 +120,8 @@ class Reload:
         except MachineuseError as error:
             self._next_try.put_off()
             self._tell(error.explain(), detail=error.detail)
+            if self._owed is None:
+                self._hosts.keep_only(self._cluster.nodes)  # whoever was asked, and is none of ours after all
         if self._emptying:
             self.sync()
         if self._owed is not None and self._next_update.is_due():
@@ -160,12 +155,12 @@ class Reload:
         added = [node for node in spec.nodes if old.node(node.id) is None]
         gone = [node for node in old.nodes if spec.node(node.id) is None]
         changed = [(node, now) for node in old.nodes if (now := spec.node(node.id)) is not None and now != node]
-        moved = [now for was, now in changed if was.host != now.host]
-        if not self._check(gone=[node.id for node in gone], moved=moved, nodes=spec.nodes):
+        moved = [now for was, now in changed if (was.host, was.ssh_opts) != (now.host, now.ssh_opts)]
+        if not self._check.may_take_over(gone=[node.id for node in gone], moved=moved, nodes=spec.nodes):
             self._close([node.id for node in gone])
             return False
         if added:
-            self._refuse_known_engines(added, spec=spec)
+            self._check.refuse_known_engines(added, spec=spec)
             self._join_stack(added, spec=spec, engine=engine)
         self._ledger.nodes.sync(spec.nodes, whole=True)
         self._cluster.replace(spec)
@@ -193,78 +188,6 @@ class Reload:
         if nodes != spec.nodes:
             self._ledger.nodes.sync(nodes)
             self._cluster.replace(spec.model_copy(update={"nodes": nodes}))
-
-    def _check(self, *, gone: Iterable[str], moved: Iterable[NodeSpec], nodes: Iterable[NodeSpec]) -> bool:
-        """Return whether these `nodes` may be taken over now; False while something leaves by itself.
-
-        Raises Conflict.
-        """
-        records = self._ledger.instances.all()
-        leaving = False
-        for node_id in sorted(gone):
-            there = [record for record in records if record.node_id == node_id and record.body]
-            staying = [record.id for record in there if not is_leaving(record)]
-            if staying:
-                raise Conflict(
-                    f"{self._path.name} does not name node '{node_id}' any more, but {_count(staying)} there.",
-                    resolution=f"Put the node back into the file, drain it (`machineuse node drain {node_id}`), then"
-                    f" remove it. If it is gone for good: `machineuse node remove {node_id} --force`.",
-                )
-            leaving |= bool(there)
-        self._refuse_other_engines(moved, records=records)
-        for node in nodes:
-            homes = [r.id for r in records if r.node_id == node.id and r.body and r.volume == "ebs"]
-            if homes and node.cloud is None:
-                raise Conflict(
-                    f"Node '{node.id}' has no `cloud` any more, but {_count(homes)} on cloud volumes there.",
-                    resolution=f"Put its instance_id and zone back, drain it (`machineuse node drain {node.id}`), then"
-                    " change it.",
-                )
-        return not leaving
-
-    def _refuse_other_engines(self, nodes: Iterable[NodeSpec], *, records: Iterable[InstanceRecord]) -> None:
-        """Raise Conflict for a node whose new host is not the engine that has the homes of its instances.
-
-        Containers would be missed there, and made again around empty homes.
-        """
-        for node in nodes:
-            there = [record for record in records if record.node_id == node.id and record.body]
-            if not there:
-                continue
-            resolution = f"Put its former host back, drain it (`machineuse node drain {node.id}`), then change it."
-            try:
-                volumes = list_volumes(self._hosts.of(node), cluster=self._cluster.name, ledger_id=self._ledger.id)
-            except DockerError as error:
-                raise Conflict(
-                    f"Node '{node.id}' can't become {node.host} now: {_count([r.id for r in there])} there, and whether"
-                    f" that is the same engine can't be told. {error.message}",
-                    detail=error.detail,
-                    resolution=resolution,
-                ) from error
-            homes = {volume.name for volume in volumes}
-            without = [record.id for record in there if self._names.docker_volume(record.id) not in homes]
-            if without:
-                raise Conflict(
-                    f"Node '{node.id}' can't become {node.host}: {_count(without)} there, and that engine does not have"
-                    " their homes.",
-                    resolution=resolution,
-                )
-
-    def _refuse_known_engines(self, added: Collection[NodeSpec], *, spec: ClusterSpec) -> None:
-        """Raise Conflict for a new node whose engine another node is; one that does not answer can't be asked."""
-        with ThreadPoolExecutor(max_workers=MOST_NODES_AT_ONCE) as pool:
-            owners = list(pool.map(self._owner_of, added))
-        for node, owner in zip(added, owners, strict=True):
-            if owner not in (None, node.id) and spec.node(str(owner)) is not None:
-                raise Conflict(
-                    f"Node '{node.id}' can't be added: behind {node.host} is the engine of node '{owner}'.",
-                    resolution=f"To reach node '{owner}' that way, change its host.",
-                )
-
-    def _owner_of(self, node: NodeSpec) -> str | None:
-        with contextlib.suppress(DockerError):
-            return find_owner(self._hosts.of(node), cluster=self._cluster.name, ledger_id=self._ledger.id)
-        return None
 
     # ---- the stack
 
@@ -382,24 +305,6 @@ class Reload:
         self._ledger.events.add("cluster_file_refused", message=f"the cluster stays as it was: {message}")
 
 
-class _Retry:
-    """When something that did not work is tried again: later each time."""
-
-    def __init__(self) -> None:
-        self._at = 0.0
-        self._pause_s = LOOK_EVERY_S
-
-    def is_due(self) -> bool:
-        return time.monotonic() >= self._at
-
-    def put_off(self) -> None:
-        self._at = time.monotonic() + self._pause_s
-        self._pause_s = min(self._pause_s * 2, MAX_PAUSE_S)
-
-    def forget(self) -> None:
-        self._at, self._pause_s = 0.0, LOOK_EVERY_S
-
-
 def _look_at(path: Path) -> tuple[int, ...]:
     """Return what tells one version of a file from another; nothing where there is none."""
     try:
@@ -407,11 +312,6 @@ def _look_at(path: Path) -> tuple[int, ...]:
     except OSError:
         return ()
     return (status.st_mtime_ns, status.st_size, status.st_ino)
-
-
-def is_leaving(record: InstanceRecord) -> bool:
-    """Say whether an instance's body is about to go from its node by itself."""
-    return record.wanted is Wanted.ABSENT or record.sleeps_safely
 
 
 def describe_change(was: NodeSpec, now: NodeSpec) -> str:
@@ -424,8 +324,3 @@ def _show(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key}={inner}" for key, inner in value.items()) or "nothing"
     return str(value) if value not in (None, "", []) else "nothing"
-
-
-def _count(instance_ids: Collection[str]) -> str:
-    shown = ", ".join(sorted(instance_ids)[:3]) + (", …" if len(instance_ids) > 3 else "")
-    return f"instance {shown} is" if len(instance_ids) == 1 else f"{len(instance_ids)} instances ({shown}) are"

@@ -13,7 +13,7 @@ went away: it is resumed, unless that snapshot is still pending, for then its ne
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -31,7 +31,7 @@ from provisioner.docker_hosts.volumes import remove_volume
 from provisioner.errors import DockerError, NotFound
 from provisioner.health import MOST_NODES_AT_ONCE
 from provisioner.ledger import Ledger
-from provisioner.ledger.records import InstanceRecord, NodeStatus, SnapshotState
+from provisioner.ledger.records import InstanceRecord, SnapshotState
 from provisioner.lifecycle import DELETED
 from provisioner.snapshots.machine import RESTORED_REPOSITORY
 from provisioner.states import UP, Wanted
@@ -83,7 +83,7 @@ class Repair:
 
     def step(self) -> None:
         """Look at every node that is online, all at once."""
-        online = {node.id for node in self._ledger.nodes.list() if node.status is NodeStatus.ONLINE}
+        online = self._ledger.nodes.online()
         with_volumes = self._steps % VOLUMES_EVERY_STEPS < SIGHTINGS  # in steps that follow on each other
         self._steps += 1
         looks = [
@@ -107,14 +107,12 @@ class Repair:
             volumes = (
                 list_volumes(host, cluster=self._cluster.name, ledger_id=self._ledger.id) if with_volumes else None
             )
-            records = {record.id: record for record in self._ledger.instances.all()}
+            records = {record.id: record for record in self._ledger.instances.on_node(node.id)}
             self._find_lost(node, containers, records.values())
             self._resume_paused(node, host, containers, records)
-            owners = [(c.instance_id, c.name) for c in containers]
-            self._remove_orphans(node, host, kind=_CONTAINER, owners=owners, known=records.keys())
+            self._remove_orphans(node, host, kind=_CONTAINER, owners=[(c.instance_id, c.name) for c in containers])
             if volumes is not None:
-                owners = [(v.instance_id, v.name) for v in volumes]
-                self._remove_orphans(node, host, kind=_VOLUME, owners=owners, known=records.keys())
+                self._remove_orphans(node, host, kind=_VOLUME, owners=[(v.instance_id, v.name) for v in volumes])
         except DockerError as error:
             log.warning("look at a node failed", node=node.id, error=error.message, detail=error.detail)
 
@@ -124,7 +122,7 @@ class Repair:
         by_name = {container.name: container for container in containers}
         reasons: dict[tuple[str, int], str] = {}
         for record in records:
-            if record.node_id != node.id or not _should_run(record):
+            if not _should_run(record):
                 continue
             container = by_name.get(self._names.docker_container(record.id))
             if container is None:
@@ -173,13 +171,10 @@ class Repair:
         host: DockerHost,
         *,
         kind: str,
-        owners: Iterable[tuple[str | None, str]],
-        known: Iterable[str],
+        owners: Sequence[tuple[str | None, str]],
     ) -> None:
-        ids = set(known)
-        suspects = [
-            (instance_id, name) for instance_id, name in owners if instance_id is None or instance_id not in ids
-        ]
+        known = self._ledger.instances.existing(instance_id for instance_id, _ in owners if instance_id is not None)
+        suspects = [(instance_id, name) for instance_id, name in owners if instance_id not in known]
         for instance_id, name in self._orphans[node.id, kind].see(suspects):
             if instance_id is not None and self._ledger.instances.find(instance_id) is not None:
                 continue

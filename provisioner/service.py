@@ -7,12 +7,9 @@ Nothing here changes anything on a node. `outcome` waits for what becomes of a w
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import errno
 import secrets
-import socket
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from provisioner import lifecycle
@@ -22,7 +19,6 @@ from provisioner.errors import (
     Conflict,
     LedgerUnavailable,
     MachineuseError,
-    NoCapacity,
     NotFound,
     SnapshotCorrupt,
     SnapshotFailed,
@@ -33,7 +29,8 @@ from provisioner.images import ImageCatalogue, ResolvedImage
 from provisioner.ledger import Ledger
 from provisioner.ledger.instances import LoadReader, Update
 from provisioner.ledger.records import InstanceRecord, Moving
-from provisioner.placement import Arrivals, Limits, Need, Place, choose_place
+from provisioner.placement import Need, Place
+from provisioner.placer import Placer, port_is_free
 from provisioner.settings import Settings
 from provisioner.states import Status, Wanted
 from stacks.spec import NodeSpec
@@ -64,22 +61,6 @@ class CreateRequest:
     """Whether only the preferred node will do."""
 
 
-def port_is_free(node: NodeSpec, port: int) -> bool:
-    """Say whether nothing on this machine holds the port; a node elsewhere is taken at the ledger's word.
-
-    An engine behind a Unix socket may be elsewhere too: then the address is not one of this machine's.
-    """
-    if not node.host.startswith("unix://"):
-        return True
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((node.bind_ip, port))
-        except OSError as error:
-            return error.errno != errno.EADDRINUSE
-    return True
-
-
 class InstanceService:
     """The verbs."""
 
@@ -97,18 +78,17 @@ class InstanceService:
         """Serve one cluster. `kill` ends an instance's container at once, without being waited for."""
         self._ledger = ledger
         self._cluster = cluster
-        self._settings = settings
         self._catalogue = catalogue
         self._changes = changes
         self._kill = kill
-        self._port_free = port_free
+        self._placer = Placer(cluster, settings=settings, port_free=port_free)
 
     def create(self, request: CreateRequest) -> InstanceRecord:
         """Want a new instance. Raises InvalidRequest (image, node, size) and NoCapacity."""
         online = self._ledger.nodes.online()
         if not online:  # nobody could say whether there is such an image: refuse for what is known
             with self._ledger.instances.reader() as loads:
-                self._place(_need_of(request, ports=0), loads=loads)
+                self._placer.place(_need_of(request, ports=0), loads=loads)
         preferred = sorted(
             self._cluster.nodes, key=lambda node: (node.id not in online, node.id != request.node_preference)
         )
@@ -116,7 +96,7 @@ class InstanceService:
 
         def draft(loads: LoadReader) -> tuple[InstanceRecord, str]:
             need = _need_of(request, ports=2 if image.browser else 0)
-            return self._draft(request, image=image, place=self._place(need, loads=loads))
+            return self._draft(request, image=image, place=self._placer.place(need, loads=loads))
 
         return self._woken(self._ledger.instances.create(draft))
 
@@ -151,8 +131,7 @@ class InstanceService:
             if record.wanted is Wanted.RUNNING and record.operation in ("reviving", "moving"):
                 return None  # being revived already: this caller waits for the same outcome
             lifecycle.check_revivable(record)
-            need = self._need_again(record, loads=loads, node_preference=node_preference, strict=node_strict)
-            place = self._place(need, loads=loads)
+            place = self._placer.place_again(record, loads=loads, node_preference=node_preference, strict=node_strict)
             return lifecycle.wish_revived(
                 record,
                 method=method,
@@ -171,7 +150,7 @@ class InstanceService:
         moving = self._ledger.instances.moving()  # by one caller, the Mover: there are no more of them when it decides
 
         def decide(record: InstanceRecord, loads: LoadReader) -> Update | None:
-            self._check_room_elsewhere(record, moving=moving, loads=loads)
+            self._placer.check_room_elsewhere(record, moving=moving, loads=loads)
             return lifecycle.wish_drained(record)
 
         return self._wish(instance_id, decide)
@@ -183,7 +162,7 @@ class InstanceService:
         def decide(record: InstanceRecord, loads: LoadReader) -> Update | None:
             if loads.is_online(record.node_id):
                 return None  # it is back
-            self._check_room_elsewhere(record, moving=moving, loads=loads)
+            self._placer.check_room_elsewhere(record, moving=moving, loads=loads)
             return lifecycle.wish_moved(record, away_s=away_s)
 
         return self._wish(instance_id, decide)
@@ -195,7 +174,7 @@ class InstanceService:
             if record.moving is None:
                 return None
             lifecycle.check_revivable(record)
-            place = self._place(self._need_again(record, loads=loads), loads=loads)
+            place = self._placer.place_again(record, loads=loads)
             return lifecycle.wish_revived(
                 record,
                 method=FULL_RESTORE,
@@ -207,49 +186,6 @@ class InstanceService:
             )
 
         return self._wish(instance_id, decide)
-
-    def _check_room_elsewhere(
-        self, record: InstanceRecord, *, moving: Iterable[InstanceRecord], loads: LoadReader
-    ) -> None:
-        """Raise NoCapacity unless another node has room for the instance, beside all that are on their way already."""
-        arrivals = Arrivals(loads.nodes(), ports_of=loads.ports)
-        for other in moving:
-            if other.wanted is Wanted.DORMANT and other.id != record.id:
-                with contextlib.suppress(NoCapacity):  # that one waits; there may be room for a smaller one
-                    need = self._need_again(other, loads=loads, leave=True)
-                    arrivals.add(need, self._place(need, loads=arrivals))
-        self._place(self._need_again(record, loads=loads, leave=True), loads=arrivals)
-
-    def _need_again(
-        self,
-        record: InstanceRecord,
-        *,
-        loads: LoadReader,
-        node_preference: str | None = None,
-        strict: bool = False,
-        leave: bool = False,
-    ) -> Need:
-        """Return what an instance that exists needs of a node; to `leave` the one that it is on, if so asked.
-
-        Where something of it is left over, it can't go: that is removed by name, and would be taken for what is left.
-        """
-        avoid = dict.fromkeys(self._nodes_out_of_reach(record), "out of reach of its home in the cloud")
-        avoid |= dict.fromkeys(loads.nodes_with_leftovers(record.id), "an earlier life of it is still to be removed")
-        if leave:
-            avoid[record.node_id] = "is to be left"
-        taken = record.snapshot(record.snapshot_generation)
-        return Need(
-            memory_gb=record.memory_gb,
-            cpu_cores=record.cpu_cores,
-            disk_gb=record.disk_gb,
-            ports=2 if record.browser else 0,
-            labels=record.node_labels,
-            volume="ebs" if taken is not None and taken.volume == "ebs" else None,
-            node_preference=node_preference,
-            strict=strict,
-            home_node=taken.node_id if taken is not None else record.node_id,
-            avoid=avoid,
-        )
 
     def delete(self, instance_id: str, *, force: bool) -> InstanceRecord:
         """Want the instance gone, with its snapshots. Raises NotFound."""
@@ -299,43 +235,6 @@ class InstanceService:
         self._changes.notify(record.id)
         self._changes.work.set()
         return record
-
-    def _nodes_out_of_reach(self, record: InstanceRecord) -> frozenset[str]:
-        """Return the nodes that a dormant instance's home can't be given back on: one in the cloud stays in its region.
-
-        Raises NoCapacity where that is all of them.
-        """
-        kept = record.snapshot(record.snapshot_generation)
-        if kept is None or kept.volume != "ebs":
-            return frozenset()
-        last = self._cluster.node(kept.node_id)
-        region = last.cloud.region if last is not None and last.cloud is not None else None
-        nodes = self._cluster.nodes
-        near = {n.id for n in nodes if n.volume == "ebs" and n.cloud is not None and region in (None, n.cloud.region)}
-        if not near:
-            raise NoCapacity(
-                f"The home of instance {record.id} is a snapshot in the cloud"
-                + (f" in {region}" if region else "")
-                + ", and the cluster has no node with `volume: ebs` there.",
-                resolution="Add such a node to the cluster's file.",
-            )
-        return frozenset(node.id for node in nodes) - near
-
-    def _place(self, need: Need, *, loads: LoadReader | Arrivals) -> Place:
-        settings = self._settings
-        return choose_place(
-            need,
-            cluster=self._cluster.spec,
-            nodes=loads.nodes(),
-            limits=Limits(
-                memory=settings.memory_overcommit,
-                cpu=settings.cpu_overcommit,
-                disk=settings.disk_overcommit,
-                free_disk_gb=settings.free_disk_gb,
-            ),
-            ports_of=loads.ports,
-            port_free=self._port_free,
-        )
 
     def _draft(self, request: CreateRequest, *, image: ResolvedImage, place: Place) -> tuple[InstanceRecord, str]:
         now = time.time()

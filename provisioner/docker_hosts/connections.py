@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import threading
 import weakref
 from typing import Any
 
@@ -19,6 +20,7 @@ class Connections:
     """The connections of several clients to one engine; thread-safe."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()  # nobody may open one while they are gone through
         self._connections: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def watch(self, adapter: Any) -> None:
@@ -42,7 +44,8 @@ class Connections:
 
         def connect_watched() -> Any:
             connection = connect()
-            self._connections.add(connection)
+            with self._lock:
+                self._connections.add(connection)
             return connection
 
         pool._new_conn = connect_watched
@@ -50,7 +53,9 @@ class Connections:
 
     def hang_up(self) -> None:
         """Shut down every open connection: who waits for an answer gets an error now."""
-        for connection in list(self._connections):
+        with self._lock:
+            connections = list(self._connections)
+        for connection in connections:
             open_socket = getattr(connection, "sock", None)
             if open_socket is not None:
                 with contextlib.suppress(OSError):

@@ -1,4 +1,7 @@
-"""What of ours is on a Docker host: found by labels, and described. Short-lived helper containers are not told."""
+"""What of ours is on a Docker host: found by labels, and described.
+
+Short-lived helper containers are told where they bear the cluster's labels: one that a crash left is found by them.
+"""
 
 from __future__ import annotations
 

@@ -33,10 +33,10 @@ class Events:
         with self._database.write() as connection:
             add_event(connection, kind=kind, message=message, instance_id=instance_id, node_id=node_id)
 
-    def list(self, *, instance_id: str | None = None, after_id: int = 0, limit: int = 100) -> list[EventRecord]:
-        """Return the newest `limit` events after `after_id`, oldest first."""
+    def list(self, *, instance_id: str | None = None, limit: int = 100) -> list[EventRecord]:
+        """Return the newest `limit` events, oldest first."""
         table = tables.events
-        query = sa.select(table).where(table.c.id > after_id).order_by(table.c.id.desc()).limit(limit)
+        query = sa.select(table).order_by(table.c.id.desc()).limit(limit)
         if instance_id is not None:
             query = query.where(table.c.instance_id == instance_id)
         with self._database.read() as connection:

@@ -8,7 +8,7 @@ callers ever decide on the same state.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -26,7 +26,7 @@ from provisioner.ledger.records import InstanceRecord, Moving, SnapshotRecord, S
 from provisioner.states import Status, Wanted
 
 _MANY = 100
-"""How many instances one transaction changes at most, so that nobody else waits long for the next."""
+"""How many instances one transaction changes, or one query names, at most: nobody else waits long for the next."""
 _PROMISING = frozenset({"node_id", "wanted", "body", "memory_gb", "cpu_cores", "disk_gb", "volume"})
 """What an instance's part in its node's load depends on."""
 _COLUMNS = [column.name for column in tables.instances.columns]
@@ -128,6 +128,15 @@ class Instances:
         """Return every instance, oldest first."""
         with self._database.read() as connection:
             return _read(connection, [])
+
+    def existing(self, instance_ids: Iterable[str]) -> set[str]:
+        """Return which of these instances there are."""
+        column, ids = tables.instances.c.id, sorted(set(instance_ids))
+        found: set[str] = set()
+        with self._database.read() as connection:
+            for start in range(0, len(ids), _MANY):
+                found.update(connection.scalars(sa.select(column).where(column.in_(ids[start : start + _MANY]))))
+        return found
 
     def unsettled(self) -> list[InstanceRecord]:
         """Return the instances that there is something to do about. Oldest first.

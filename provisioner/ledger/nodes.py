@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -61,10 +61,13 @@ class Nodes:
             for node_id in gone - in_use:  # after the others got newer revisions: none is given twice
                 connection.execute(table.delete().where(table.c.id == node_id))
 
-    def list(self) -> list[NodeRecord]:
-        """Return every node, by id."""
+    def list(self, node_ids: Collection[str] | None = None) -> list[NodeRecord]:
+        """Return every node, or those of these ids, by id."""
+        query = sa.select(tables.nodes).order_by(tables.nodes.c.id)
+        if node_ids is not None:
+            query = query.where(tables.nodes.c.id.in_(node_ids))
         with self._database.read() as connection:
-            rows = connection.execute(sa.select(tables.nodes).order_by(tables.nodes.c.id)).mappings().all()
+            rows = connection.execute(query).mappings().all()
         return [_record(row) for row in rows]
 
     def online(self) -> set[str]:
@@ -72,6 +75,12 @@ class Nodes:
         query = sa.select(tables.nodes.c.id).where(tables.nodes.c.status == NodeStatus.ONLINE.value)
         with self._database.read() as connection:
             return set(connection.scalars(query))
+
+    def is_offline(self, node_id: str) -> bool:
+        """Say whether a node is known not to answer."""
+        query = sa.select(tables.nodes.c.status).where(tables.nodes.c.id == node_id)
+        with self._database.read() as connection:
+            return connection.scalar(query) == NodeStatus.OFFLINE.value
 
     def get(self, node_id: str) -> NodeRecord:
         """Return the node; raise NotFound."""

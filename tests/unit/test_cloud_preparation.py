@@ -351,6 +351,44 @@ def test_a_deleted_instances_volume_is_removed_at_the_second_look(world: World) 
     assert world.ledger.events.tell_of("orphan_removed", instance_id=ID)
 
 
+def test_an_orphan_that_can_not_be_removed_keeps_no_other(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.add()
+    world.delete()
+    stuck, other = leave_volume(world), leave_volume(world)
+    delete_volume = world.cloud.delete_volume
+
+    def refuse(volume_id: str) -> None:
+        if volume_id == stuck:
+            raise CloudError("The machine does not let go of it.")
+        delete_volume(volume_id)
+
+    monkeypatch.setattr(world.cloud, "delete_volume", refuse)
+    look_twice(world)
+    assert [v.id for v in world.cloud.volumes] == [stuck] != [other]
+    monkeypatch.undo()
+    world.orphans.step()
+    assert world.cloud.volumes == []
+
+
+def test_a_region_that_does_not_answer_keeps_no_other_from_being_looked_at(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far = NodeSpec(id="far", volume="ebs", cloud=CloudIdentity(instance_id="i-f", zone="eu-west-1a"))
+    world.cluster.replace(ClusterSpec(name="unit", nodes=(far, NODE)))
+    world.add()
+    world.delete()
+    leave_volume(world)
+
+    def of(region: str) -> FakeCloud:
+        if region == "eu-west-1":
+            raise CloudError("It does not answer.")
+        return world.cloud
+
+    monkeypatch.setattr(world.orphans._regions, "of", of)
+    look_twice(world)
+    assert world.cloud.volumes == []
+
+
 def test_a_volume_of_an_instance_that_was_never_known_is_kept(world: World) -> None:
     left = leave_volume(world, instance="mu-stranger")
     look_twice(world)

@@ -11,7 +11,9 @@ from pydantic import SecretStr
 from provisioner import lifecycle
 from provisioner.guard import LedgerGuard
 from provisioner.ledger import Ledger
+from provisioner.ledger.records import NodeStatus
 from provisioner.plugins.policy import DeleteDecision
+from stacks.spec import NodeSpec
 from tests.support.records import make_record
 
 ID = "mu-test"
@@ -81,3 +83,25 @@ def test_what_the_ledger_saw_deleted_may_go(ledger: Ledger) -> None:
     ledger.instances.change(ID, lambda record, _: lifecycle.wish_absent(record, force=False))
     ledger.instances.change(ID, lambda record, _: lifecycle.note_gone(record))
     assert ask(ledger).allowed
+
+
+def test_only_what_is_on_a_node_that_does_not_answer_is_left_there(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger.nodes.sync([NodeSpec(id="local"), NodeSpec(id="other", host="unix:///other")])
+    ledger.instances.create(lambda _: (make_record(), "test"))
+    ledger.instances.change(ID, lambda record, _: lifecycle.wish_absent(record, force=False))
+    monkeypatch.setattr(ledger.nodes, "list", lambda: pytest.fail("every node was read, to know of one"))
+    for local, other in ((NodeStatus.ONLINE, NodeStatus.OFFLINE), (NodeStatus.OFFLINE, NodeStatus.ONLINE)):
+        ledger.nodes.observe("local", values={"status": local})
+        ledger.nodes.observe("other", values={"status": other})
+        assert ask(ledger).abandon is (local is NodeStatus.OFFLINE)
+
+
+def test_what_is_left_is_noted_for_its_own_node_of_two_with_the_same_address(ledger: Ledger) -> None:
+    host = "ssh://root@10.0.0.2"  # in two networks, say, each behind a jump host of its own
+    ledger.nodes.sync([NodeSpec(id=name, host=host, ssh_opts=("-J", f"jump-{name}")) for name in "ab"])
+    ledger.instances.create(lambda _: (make_record(node_id="b"), "test"))
+    LedgerGuard(ledger, stop_timeout_s=1).note_leftover(urn=f"urn:x::{ID}-browser", host=host, name="its-container")
+    assert ledger.leftovers.list("a") == []
+    assert [left.name for left in ledger.leftovers.list("b")] == ["its-container"]

@@ -78,6 +78,12 @@ def test_an_instance_comes_back_as_it_was_written(ledger: Ledger) -> None:
     assert ledger.events.list(instance_id=record.id)[0].message == "made"
 
 
+def test_which_of_many_instances_there_are_can_be_asked(ledger: Ledger) -> None:
+    ledger.instances.create(lambda _: (make_record(), "made"))
+    assert ledger.instances.existing([f"mu-{number}" for number in range(250)] + ["mu-test"] * 2) == {"mu-test"}
+    assert ledger.instances.existing([]) == set()
+
+
 def test_snapshots_belong_to_their_instance_and_go_with_it(ledger: Ledger) -> None:
     snapshot = SnapshotRecord(
         instance_id="mu-test", generation=3, node_id="local", state=SnapshotState.VERIFIED, bytes=5, created_at=1.0
@@ -193,7 +199,7 @@ def test_the_newest_events_are_kept(ledger: Ledger, monkeypatch: pytest.MonkeyPa
     ledger.events.prune()
     kept = ledger.events.list()
     assert [event.message for event in kept] == ["2", "3"]
-    assert ledger.events.list(after_id=kept[0].id) == kept[1:]
+    assert ledger.events.list(limit=1) == kept[1:]
     assert ledger.events.tell_of("test", instance_id="mu-test")
     assert not ledger.events.tell_of("other", instance_id="mu-test")
 

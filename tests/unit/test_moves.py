@@ -5,23 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import SecretStr
 
-from provisioner import lifecycle
+from provisioner import lifecycle, placer
 from provisioner.changes import Changes
 from provisioner.cluster import Cluster
 from provisioner.docker_hosts.hosts import DockerHosts
-from provisioner.errors import Conflict, SnapshotCorrupt
+from provisioner.errors import Conflict, NoCapacity, SnapshotCorrupt
 from provisioner.images import ImageCatalogue
 from provisioner.ledger.records import InstanceRecord, Moving, NodeStatus, SnapshotRecord, SnapshotState
 from provisioner.lifecycle import Update
 from provisioner.moves import MAX_PAUSE_S, Mover
+from provisioner.placement import Place, choose_place
 from provisioner.service import QUICK_START, InstanceService
 from provisioner.settings import Settings
 from provisioner.states import Status, Wanted
 from stacks.spec import Availability, ClusterSpec, NodeSpec, OfflinePolicy, PortRange
+from tests.support.records import make_record
 from tests.support.world import ID, NAMES, World, empty_ledger
 
 HOME = NAMES.volume_urn(ID)
@@ -170,6 +173,42 @@ def test_no_more_are_given_up_than_other_nodes_have_ports_for(moves: Moves) -> N
     moves.lose("a")
     moves.mover.step()
     assert len(moves.ledger.instances.moving()) == 2
+
+
+def test_where_those_go_that_leave_already_is_not_chosen_again_for_each_that_follows(
+    moves: Moves, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(6):
+        moves.add(f"mu-n{number}")
+    moves.lose("a")
+    chosen = 0
+
+    def count(*args: Any, **kwargs: Any) -> Place:
+        nonlocal chosen
+        chosen += 1
+        return choose_place(*args, **kwargs)
+
+    monkeypatch.setattr(placer, "choose_place", count)
+    moves.mover.step()
+    assert (chosen, len(moves.ledger.instances.moving())) == (6, 6)
+
+
+def test_who_leaves_already_is_counted_on_elsewhere_once_its_place_is_taken(moves: Moves) -> None:
+    nodes = (*moves.cluster.spec.nodes, NodeSpec(id="c", host="unix:///c"))
+    moves.cluster.replace(moves.cluster.spec.model_copy(update={"nodes": nodes}))
+    moves.ledger.nodes.sync(nodes)
+    for node_id in "bc":
+        moves.observe(node_id, status=NodeStatus.ONLINE, memory_bytes=2**30)
+    for number in range(2):
+        moves.add(f"mu-n{number}", memory_gb=1.0)
+    moves.lose("a")
+    moves.service.give_up_body("mu-n0", away_s=DAY_S)
+    counted_on = moves.service._placer._arriving["mu-n0"][1].node.id
+    moves.ledger.instances.create(
+        lambda _: (make_record(id="mu-new", node_id=counted_on, memory_gb=1.0, debug_port=22000, stream_port=22001), "")
+    )
+    with pytest.raises(NoCapacity):  # the other node's room is for the first one now
+        moves.service.give_up_body("mu-n1", away_s=DAY_S)
 
 
 def test_a_drain_that_its_node_does_not_live_to_see_the_end_of_becomes_a_move(moves: Moves) -> None:
@@ -347,6 +386,22 @@ def test_a_drain_waits_while_no_other_node_has_room(moves: Moves) -> None:
     moves.mark("b", Availability.ACTIVE)
     moves.run()
     assert moves.record.node_id == "b"
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_what_is_too_large_for_any_node_by_now_keeps_no_other_from_being_moved(moves: Moves, *, lost: bool) -> None:
+    moves.add(memory_gb=4.0)
+    moves.add("mu-small", memory_gb=1.0)
+    for node_id in "ab":  # both machines were given less
+        moves.observe(node_id, status=NodeStatus.ONLINE, memory_bytes=2 * 2**30)
+    if lost:
+        moves.observe("a", status=NodeStatus.OFFLINE, misses=9, offline_since=1.0, memory_bytes=2 * 2**30)
+    else:
+        moves.mark("a", Availability.DRAINING)
+    moves.run()
+    assert moves.ledger.instances.get("mu-small").node_id == "b"
+    assert (moves.record.node_id, moves.record.wanted) == ("a", Wanted.RUNNING)
+    assert "4 GB is more than any node has" in moves.events("not_moved")[0]
 
 
 def test_a_drain_whose_snapshot_fails_leaves_the_instance_running(moves: Moves) -> None:

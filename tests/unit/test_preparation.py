@@ -123,6 +123,27 @@ def test_a_body_is_made_ahead(world: World) -> None:
     until(lambda: world.docker.made == [NAMES.volume_urn(ID), NAMES.container_urn(ID)])
 
 
+def test_what_a_node_did_not_say_long_ago_is_no_answer_of_today(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.docker.may_go_on.set()
+    silence, asked = threading.Event(), 0
+
+    def find_image(*_: object, **__: object) -> object:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            assert silence.wait(10)
+            raise NodeUnreachable("It does not answer.")
+        return object()
+
+    monkeypatch.setattr(preparation, "find_usable_image", find_image)
+    world.add()
+    assert not world.preparation.prepare(world.work)
+    silence.set()  # its instance is kept out of updates by now; the node comes back much later
+    until(lambda: all(look.done() for look, _ in world.preparation._looks.values()))
+    monkeypatch.setattr(preparation, "IMAGE_KNOWN_S", 0.0)
+    assert world.preparation.prepare(world.work)
+
+
 def test_the_next_step_waits_for_what_is_still_being_made_ahead(world: World) -> None:
     """Else a fresh, empty volume could appear after the dormancy's delete, and be taken for a restored one."""
     world.add()

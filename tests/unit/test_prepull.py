@@ -57,9 +57,10 @@ class Scene:
         )
 
     def look(self, times: int = 3) -> None:
-        """Take some steps, taking no notice of how long a node should be left alone."""
+        """Take some steps, taking no notice of how long a node, or the stack, should be left alone."""
         for _ in range(times):
-            self.prepull._pauses.clear()
+            self.prepull._retries.clear()
+            self.prepull._next_update.forget()
             self.prepull.step()
 
     def events(self) -> list[str]:
@@ -124,6 +125,18 @@ def test_an_image_that_nobody_has_is_told_of_once_and_keeps_no_other_away(scene:
     scene.refuses = {}
     scene.look()
     assert scene.updates[1:] == [["a-image-absent:1", "b-image-absent:1"]]
+
+
+def test_a_stack_that_can_not_be_told_is_not_told_again_at_once(scene: Scene) -> None:
+    scene.fails = True
+    scene.have(A, B)
+    with pytest.raises(EngineError):
+        scene.prepull.step()
+    scene.prepull.step()
+    assert len(scene.updates) == 1
+    scene.fails = False
+    scene.look()
+    assert len(scene.updates) == 2
 
 
 def test_after_a_failure_a_node_is_left_alone_for_a_while(scene: Scene) -> None:

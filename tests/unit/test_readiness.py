@@ -215,3 +215,22 @@ def test_few_browsers_of_silent_nodes_are_asked_at_a_time(awaited: Awaited, monk
     assert len(asked) == readiness.ASKED_ON_SILENT_NODES + 1
     answers.set()
     wait_until(lambda: not awaited.ledger.instances.unsettled(), what="all have answered")
+
+
+def test_a_thread_that_can_not_run_keeps_nobody_waiting(awaited: Awaited, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> BrowserStatusClient:
+        raise OSError("Too many open files")
+
+    monkeypatch.setattr(readiness, "BrowserStatusClient", fail)
+    said: list[OSError] = []
+
+    def start() -> None:
+        try:
+            awaited.readiness.start()
+        except OSError as error:
+            said.append(error)
+
+    starting = threading.Thread(target=start, daemon=True)
+    starting.start()
+    starting.join(10)
+    assert [str(error) for error in said] == ["Too many open files"]

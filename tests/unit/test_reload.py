@@ -17,7 +17,7 @@ from provisioner.engine import UpdateResult
 from provisioner.errors import Conflict, EngineError
 from provisioner.ledger import Ledger
 from provisioner.ledger.instances import Update
-from provisioner.ledger.records import NodeStatus, SnapshotRecord, SnapshotState
+from provisioner.ledger.records import InstanceRecord, NodeStatus, SnapshotRecord, SnapshotState
 from provisioner.reload import Reload
 from provisioner.settings import Settings
 from provisioner.states import Status, Wanted
@@ -279,6 +279,18 @@ def test_another_host_for_a_node_with_instances_needs_an_answer(two: Cell) -> No
     assert two.cluster.spec.node("b").host == "unix:///nobody/b"  # type: ignore[union-attr]
 
 
+def test_other_ways_through_ssh_may_lead_to_another_engine_too(tmp_path: Path) -> None:
+    behind_a = A + "    - {id: b, host: 'ssh://nobody@127.0.0.1:1', ssh_opts: [-oBindAddress=127.0.0.1]}\n"
+    cell = Cell(tmp_path, text=behind_a)
+    cell.add()
+    cell.write(behind_a.replace("0.0.1]", "0.0.2]"))
+    (said,) = cell.events("cluster_file_refused")
+    assert "Node 'b' can't become ssh://nobody@127.0.0.1:1 now: instance mu-b is there" in said
+    asked = {ssh_opts for _, _, ssh_opts in cell.hosts._hosts}
+    assert ("-oBindAddress=127.0.0.2",) not in asked, "an ssh runs on, to a machine that is no node"
+    cell.ledger.close()
+
+
 def test_a_node_with_homes_on_cloud_volumes_stays_a_cloud_machine(tmp_path: Path) -> None:
     aws = AB.replace("address: b", "address: b, volume: ebs, cloud: {instance_id: i-b, zone: us-east-1a}")
     cell = Cell(tmp_path, text=aws)
@@ -289,6 +301,24 @@ def test_a_node_with_homes_on_cloud_volumes_stays_a_cloud_machine(tmp_path: Path
     assert cell.cluster.spec.nodes[1].cloud is not None
     cell.write(aws.replace("volume: ebs, ", ""))  # what comes from now on is on its disk
     assert cell.cluster.spec.nodes[1].volume == "docker"
+    cell.ledger.close()
+
+
+def test_a_check_of_many_nodes_goes_through_the_instances_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = 0
+
+    class Records(list[InstanceRecord]):
+        def __iter__(self) -> Iterator[InstanceRecord]:
+            nonlocal passes
+            passes += 1
+            return super().__iter__()
+
+    nodes = [f"    - {{id: n{number}, host: 'unix:///nobody/{number}'}}\n" for number in range(9)]
+    cell = Cell(tmp_path, text="config:\n  cluster:nodes:\n" + "".join(nodes))
+    records = Records([make_record(node_id="n0")])
+    monkeypatch.setattr(cell.ledger.instances, "all", lambda: records)
+    cell.reload.sync()
+    assert passes == 1
     cell.ledger.close()
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 
 import pytest
 from fastapi.testclient import TestClient
 
 from provisioner.lease import LEASE
-from provisioner.ledger.records import NodeStatus
+from provisioner.ledger.records import NodeRecord, NodeStatus
 from provisioner.ledger.samples import Sample, Scope, Usage
+from stacks.spec import NodeSpec
 from tests.unit.api.conftest import FakeServices
 
 
@@ -37,6 +39,24 @@ def test_a_node_shows_its_heartbeat_and_its_instances(services: FakeServices, cl
     assert (node["instances_count"], node["max_instances"]) == (1, 50)
     assert node["resources"] == {"cpu_percent": 12, "memory_percent": 34, "disk_percent": 0}
     assert node["last_heartbeat"] == "2023-11-14T22:13:20Z"
+
+
+def test_to_show_an_instance_only_its_own_node_is_read(
+    services: FakeServices, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instance_id = client.post("/v2/instances", json={}).json()["id"]
+    services.ledger.nodes.sync([*services.cluster.nodes, NodeSpec(id="other", host="unix:///other")])
+    read: list[str] = []
+    read_nodes = services.ledger.nodes.list
+
+    def note(node_ids: Collection[str] | None = None) -> list[NodeRecord]:
+        found = read_nodes(node_ids)
+        read.extend(node.id for node in found)
+        return found
+
+    monkeypatch.setattr(services.ledger.nodes, "list", note)
+    assert client.get(f"/v2/instances/{instance_id}").json()["node_status"] == "online"
+    assert read == ["local"]
 
 
 def test_an_unknown_node_is_404(client: TestClient) -> None:
