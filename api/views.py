@@ -12,6 +12,7 @@ from provisioner.ledger.records import EventRecord, InstanceRecord, NodeRecord, 
 from provisioner.ledger.samples import Scope, Usage
 from provisioner.settings import Settings
 from provisioner.states import UP
+from stacks.spec import LOOPBACK
 
 
 def show_instances(services: Services, records: Sequence[InstanceRecord]) -> list[schemas.Instance]:
@@ -38,7 +39,9 @@ def show_instance(services: Services, record: InstanceRecord) -> schemas.Instanc
 def _show_instance(
     record: InstanceRecord, *, node: NodeRecord | None, usage: Usage | None, public_address: str | None
 ) -> schemas.Instance:
-    address = public_address or (node.address if node else "localhost")
+    address = node.address if node else "localhost"
+    if public_address is not None and address in LOOPBACK:  # any other is where that node's clients reach it
+        address = public_address
     return schemas.Instance(
         id=record.id,
         status=record.status,

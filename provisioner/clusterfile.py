@@ -21,6 +21,7 @@ from stacks.spec import (
     BROWSER_IMAGE,
     DEFAULT_IMAGE,
     FIELDS,
+    LOOPBACK,
     CloudIdentity,
     ClusterSpec,
     NodeSpec,
@@ -54,9 +55,6 @@ _MODELS: Mapping[str, type[BaseModel]] = {
     "offline": OfflinePolicy,
 }
 """Which model a key's value is, to say what is allowed there."""
-
-_LOOPBACK = {"localhost", "127.0.0.1", "::1"}
-"""One address by its usual names."""
 
 
 def path_of(project_dir: Path, *, cluster: str) -> Path:
@@ -118,7 +116,7 @@ def find_clash(spec: ClusterSpec) -> tuple[int, str] | None:
         other = engines.setdefault((node.host, node.ssh_opts), node)
         if other is not node:
             return index, f"node '{node.id}': node '{other.id}' has the host {node.host} already."
-        address = "localhost" if node.address in _LOOPBACK else node.address.lower()
+        address = "localhost" if node.address in LOOPBACK else node.address.lower()
         neighbours = addresses.setdefault(address, [])
         for other in neighbours:
             if node.ports.first <= other.ports.last and other.ports.first <= node.ports.last:

@@ -44,7 +44,7 @@ class Settings(BaseSettings):
     tokens: tuple[SecretStr, ...] = ()
     """Bearer tokens; none = no authentication, which only loopback may have. JSON list in the environment."""
     public_address: str | None = None
-    """Host name in the instances' URLs; by default the node's address."""
+    """Host name in the URLs of instances on this machine: in place of a node's address that is loopback."""
     log_format: Literal["auto", "text", "json"] = "auto"
 
     idle_after_s: float = Field(default=60, gt=0)

@@ -69,6 +69,10 @@ class CloudIdentity(Spec):
         return found[0] if found else self.zone
 
 
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+"""The usual names of the one address that means another machine to everybody."""
+
+
 class NodeSpec(Spec):
     """One Docker host: how we reach it, where its clients reach it, and how much it may take."""
 

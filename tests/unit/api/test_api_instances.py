@@ -15,6 +15,7 @@ from provisioner.errors import DockerError, LedgerUnavailable, SnapshotFailed
 from provisioner.ledger.instances import Update
 from provisioner.ledger.records import InstanceRecord, NodeStatus
 from provisioner.ledger.samples import Sample, Scope, Usage
+from stacks.spec import NodeSpec
 from tests.unit.api.conftest import FakeServices, ServicesMaker
 
 Json = dict[str, Any]
@@ -125,6 +126,13 @@ def test_an_image_without_a_browser_has_neither_ports_nor_urls(client: TestClien
 def test_urls_name_the_public_address(make_services: ServicesMaker) -> None:
     created = create(make_services(public_address="2001:db8::1").client())
     assert created["urls"]["debug"] == f"http://[2001:db8::1]:{created['debug_port']}"
+
+
+def test_urls_name_the_address_that_a_node_has_of_its_own(make_services: ServicesMaker) -> None:
+    services = make_services(public_address="browsers.example")
+    services.ledger.nodes.sync([NodeSpec(id="local", address="10.0.0.2")])
+    created = create(services.client())
+    assert created["urls"]["debug"] == f"http://10.0.0.2:{created['debug_port']}"
 
 
 @pytest.mark.parametrize(
