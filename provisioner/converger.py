@@ -39,7 +39,7 @@ from provisioner.settings import Settings
 from provisioner.specs import specs_of
 from provisioner.work import Step, Work, find_error, needs_node, plan
 from stacks.cluster import declare
-from stacks.names import NETWORK_TYPE, Names, network_name
+from stacks.names import NETWORK_TYPE, Names, if_there, network_name
 
 log = structlog.get_logger(__name__)
 
@@ -175,7 +175,8 @@ class Converger:
         async def program() -> None:
             await declare(self._cluster.spec, ledger_id=self._ledger.id, instances=specs, claim=False)
 
-        targets = [urn for work in batch for urn in work.targets]
+        # A refresh fails for a target that the stack does not have: a container that could not be made again at first.
+        targets = [if_there(urn) if refresh else urn for work in batch for urn in work.targets]
         try:
             result = self._engine.update(program, targets=targets, refresh=refresh)
         except EngineError as error:
