@@ -174,6 +174,7 @@ class ControlPlane:
             await_ready=self._readiness.watch,
             prepare=self._prepare,
             sweep=self._sweep,
+            is_captured=self._preparation.is_captured,
         )
         self._readiness.start()
         self._worker.start()

@@ -4,7 +4,8 @@ Level-triggered: what is wanted and not yet so is work, whoever wished it and ho
 Wishes that come while an update runs share the next one. What the next step of an instance is, work.py says.
 
 Steps on a node that does not answer stay out of updates until it does: they would hold up everybody else's. Only what
-needs nothing of the node goes on: giving up the body of an instance whose snapshot is verified, and forced deletes.
+needs nothing of the node goes on: recording a snapshot that is whole already, giving up the body of an instance whose
+snapshot is verified, and forced deletes.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from provisioner.settings import Settings
 from provisioner.specs import specs_of
 from provisioner.work import Step, Work, find_error, needs_node, plan
 from stacks.cluster import declare
-from stacks.names import NETWORK_TYPE, Names, network_name
+from stacks.names import NETWORK_TYPE, Names, if_there, network_name
 
 log = structlog.get_logger(__name__)
 
@@ -70,10 +71,12 @@ class Converger:
         await_ready: Callable[[InstanceRecord], None],
         prepare: Callable[[Work], bool],
         sweep: Callable[[InstanceRecord], None],
+        is_captured: Callable[[Work], bool] = lambda _: False,
     ) -> None:
         """Run updates with `engine`. `prepare` says whether a step may be run now, or raises why it never may;
         `sweep` removes an instance's container and volume where the stack does not know them;
-        `await_ready` is told of every instance whose container has started."""
+        `await_ready` is told of every instance whose container has started; `is_captured` says whether the snapshot
+        that a step is to take is whole already."""
         self._ledger = ledger
         self._cluster = cluster
         self._settings = settings
@@ -82,6 +85,7 @@ class Converger:
         self._await_ready = await_ready
         self._prepare = prepare
         self._sweep = sweep
+        self._is_captured = is_captured
         self._names = Names(cluster.name)
         self._doubtful_nodes: set[str] = set()
         """Nodes that may lack what their instances need: their network."""
@@ -125,7 +129,8 @@ class Converger:
         return [
             work
             for work in works
-            if work.record.node_id not in in_doubt and not (work.record.node_id in away and needs_node(work))
+            if work.record.node_id not in in_doubt
+            and (work.record.node_id not in away or not needs_node(work) or self._is_captured(work))
         ]
 
     def _set_apart(self, due: Sequence[Work]) -> Sequence[Work]:
@@ -170,7 +175,8 @@ class Converger:
         async def program() -> None:
             await declare(self._cluster.spec, ledger_id=self._ledger.id, instances=specs, claim=False)
 
-        targets = [urn for work in batch for urn in work.targets]
+        # A refresh fails for a target that the stack does not have: a container that could not be made again at first.
+        targets = [if_there(urn) if refresh else urn for work in batch for urn in work.targets]
         try:
             result = self._engine.update(program, targets=targets, refresh=refresh)
         except EngineError as error:

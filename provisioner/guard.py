@@ -51,11 +51,11 @@ class LedgerGuard:
         return DeleteDecision(
             allowed=True,
             force=record is not None and record.force,
-            abandon=record is not None and self._is_away(_node_of(record, urn=urn, kind=kind)),
+            abandon=record is not None and self.is_away(_node_of(record, urn=urn, kind=kind)),
             stop_timeout_s=self._stop_timeout_s,
         )
 
-    def _is_away(self, node_id: str) -> bool:
+    def is_away(self, node_id: str) -> bool:
         """Say whether a node is known not to answer: whoever asks it all the same holds up the whole update."""
         return self._ledger.nodes.is_offline(node_id)
 

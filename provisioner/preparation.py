@@ -136,7 +136,7 @@ class Preparation:
             job = self._discard_obsolete if work.record.obsolete_snapshots else None
         if job is None:
             return True
-        key = (work.record.id, work.record.generation, work.step)
+        key = _key(work)
         pools = self._cloud_pools if work.record.volume == EBS else self._pools
         with self._lock:
             future = self._jobs.get(key)
@@ -153,6 +153,14 @@ class Preparation:
         if error is not None:
             raise error
         return True
+
+    def is_captured(self, work: Work) -> bool:
+        """Say whether the snapshot that a step takes is whole: what is left to do needs nothing of the node."""
+        if work.step not in (Step.SNAPSHOT, Step.LIVE_SNAPSHOT):
+            return False
+        with self._lock:
+            future = self._jobs.get(_key(work))
+        return future is not None and future.done() and not future.cancelled() and future.exception() is None
 
     def _start_ahead(self, record: InstanceRecord) -> None:
         """Make volume and container while the CLI starts; the update's resources wait for them, and adopt them."""
@@ -397,6 +405,10 @@ class Preparation:
     def _is_away(self, node: NodeSpec) -> bool:
         """Say whether a node is known not to answer."""
         return self._ledger.nodes.is_offline(node.id)
+
+
+def _key(work: Work) -> Key:
+    return work.record.id, work.record.generation, work.step
 
 
 def _as_inputs(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -199,7 +199,7 @@ class InstanceService:
 
         After `timeout_s` returns the instance as it is by then, its operation under way. Raises the error that ended
         the wish, where the instance goes on without it (snapshot failed, archive corrupt), and Conflict when another
-        wish took its place.
+        wish took its place. A move off a lost node goes on with the wish: dormant is no outcome halfway through it.
         """
         deadline = time.monotonic() + timeout_s
         with self._changes.subscribe(wished.id) as changed:
@@ -217,7 +217,8 @@ class InstanceService:
                     raise NotFound(f"Instance {wished.id} was deleted meanwhile.")
                 _raise_outcome(record, wished=wished)
                 remaining_s = deadline - time.monotonic()
-                if record.settled_generation >= wished.generation or remaining_s <= 0:
+                moves = wished.wanted is Wanted.RUNNING and record.moving is Moving.OFFLINE
+                if (record.settled_generation >= wished.generation and not moves) or remaining_s <= 0:
                     return record
                 try:
                     await asyncio.wait_for(changed.wait(), min(remaining_s, RECHECK_S))

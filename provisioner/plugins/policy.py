@@ -40,6 +40,9 @@ class DeletePolicy(Protocol):
         same URN; what is in it (a volume's files, a container's layer) is lost all the same.
         """
 
+    def is_away(self, node_id: str) -> bool:
+        """Say whether a node is known not to answer: whoever asks it all the same holds up the whole update."""
+
     def note_leftover(self, *, urn: str, host: str, name: str) -> None:
         """Remember that something was left on a host that did not answer, to be removed when it is back."""
 
@@ -61,6 +64,11 @@ class RefuseWithoutLedger:
             reason=f"The {kind} of instance {instance} is not deleted without the ledger that says it may be. "
             "Set MACHINEUSE_DATA_DIR to the data directory of the service that runs this cluster.",
         )
+
+    def is_away(self, node_id: str) -> bool:
+        """Know of none."""
+        del node_id
+        return False
 
     def note_leftover(self, *, urn: str, host: str, name: str) -> None:
         """Forget it: there is nowhere to write it down."""

@@ -191,6 +191,24 @@ class Capture:
         )
         return result
 
+    def find(self) -> CaptureResult:
+        """Return the snapshot that an earlier attempt completed, without a question to the node, which is away.
+
+        Raises:
+            SnapshotFailed: there is none.
+        """
+        try:
+            self._manifest = self._store.read_manifest(self._request.snapshot)
+            if self._manifest.cloud_home is not None and self._home_keeper is not None:
+                self._home_keeper.check(self._manifest.cloud_home)
+        except MachineuseError as error:
+            raise SnapshotFailed(
+                f"No snapshot was taken: node {self._request.node_id} does not answer. {error.message}",
+                detail=error.detail,
+            ) from error
+        self._copy_error = f"Node {self._request.node_id} does not answer."
+        return self._result()
+
     # -- the steps ---------------------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 
 import pytest
 
@@ -64,6 +65,18 @@ def test_a_container_that_somebody_removed_is_made_again_with_its_home(service: 
     container.remove(force=True)
     service.wait_for(instance["id"], "creating", timeout_s=60)
     service.wait_for(instance["id"], "running", timeout_s=60)
+    assert execute(service.container(instance["id"]), "cat", "/home/machine/note") == "kept\n"
+
+
+def test_a_container_that_could_not_be_made_again_at_first_is_made_later(service: Service) -> None:
+    instance = service.create(config=SMALL)
+    container = service.container(instance["id"])
+    execute(container, "sh", "-c", "echo kept > /home/machine/note")
+    container.remove(force=True)
+    with socket.create_server(("127.0.0.1", instance["debug_port"])):
+        service.wait_for(instance["id"], "creating", timeout_s=60)
+        made = service.wait_for(instance["id"], "running", timeout_s=60)
+    assert made["debug_port"] != instance["debug_port"]
     assert execute(service.container(instance["id"]), "cat", "/home/machine/note") == "kept\n"
 
 

@@ -44,6 +44,10 @@ class Policy:
         self.asked.append(kind)
         return DeleteDecision(allowed=self.allowed, reason="The ledger keeps it.", stop_timeout_s=1)
 
+    def is_away(self, node_id: str) -> bool:
+        del node_id
+        return False
+
     def note_leftover(self, *, urn: str, host: str, name: str) -> None:
         raise AssertionError(f"{urn} on {host} left {name}")
 

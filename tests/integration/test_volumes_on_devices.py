@@ -31,6 +31,10 @@ class Policy:
         self.kinds.append(kind)
         return DeleteDecision(allowed=True)
 
+    def is_away(self, node_id: str) -> bool:
+        del node_id
+        return False
+
     def note_leftover(self, *, urn: str, host: str, name: str) -> None: ...
 
 

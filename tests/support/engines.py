@@ -142,6 +142,10 @@ class Engine:
         self._clients.append(client)
         return client
 
+    def volume(self, name: str) -> Path:
+        """Return the directory of one of its volumes, for a look that the engine is not asked for."""
+        return self._directory / "data" / "volumes" / name / "_data"
+
     # -- the machine -------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:

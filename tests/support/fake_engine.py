@@ -80,6 +80,8 @@ class FakeEngine:
             raise EngineError(f"neither declared nor in the stack: {lacking}")
         stack = set(self.resources)
         if refresh:
+            if missing := [urn for urn, lenient in urns.items() if not lenient and urn not in self.resources]:
+                raise EngineError(f"could not be found in the stack: {missing}")
             stack -= {urn for urn in urns if kind_of(urn) in (VOLUME_TYPE, CONTAINER_TYPE) and urn not in self.made}
         result = self._carry_out(urns, declared=declared, stack=stack, specs={spec.id: spec for spec in specs})
         self.meanwhile()

@@ -29,14 +29,18 @@ class FakeNodes(FakeEngine):
         self.decide: Callable[[str], DeleteDecision] = lambda _: DeleteDecision(allowed=True)
         """What the ledger says of a delete."""
         self.note_leftover: Callable[[str, str], None] = lambda _node, _urn: None
+        self.is_away: Callable[[str], bool] = lambda _: False
+        """Whether the ledger knows that a node does not answer."""
         self.node_of: Callable[[str], str] = lambda _: ""
         """Where the ledger says that an instance is."""
         self._where: dict[str, str] = {}
         """The node that each resource of the stack is on."""
 
     def capture(self, urn: str, *, instance_id: str) -> None:
-        """Take a snapshot of what the instance's node has."""
+        """Take a snapshot of what the instance's node has; one that is whole needs nothing of a node that is away."""
         node_id = self.node_of(instance_id)
+        if urn in self.made and self.is_away(node_id):
+            return
         if node_id in self.silent:
             raise EngineError(SILENT)
         if urn not in self.made:

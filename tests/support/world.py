@@ -60,6 +60,8 @@ class World:
         self.engine = FakeEngine(NAMES)
         self.preparing: set[str] = set()
         """Instances whose step is being prepared."""
+        self.captured: set[str] = set()
+        """Instances whose snapshot is whole, though it is not in the stack yet."""
         self.unprepared: dict[str, Exception] = {}
         """What the preparation of an instance's step fails with."""
         self.unswept: dict[str, Exception] = {}
@@ -81,6 +83,7 @@ class World:
             await_ready=self.await_ready,
             prepare=self._prepare,
             sweep=self._sweep,
+            is_captured=self._is_captured,
         )
 
     def _prepare(self, work: Work) -> bool:
@@ -99,6 +102,9 @@ class World:
             for generation in record.obsolete_snapshots:
                 self.engine.made.pop(NAMES.snapshot_urn(record.id, generation), None)
         return True
+
+    def _is_captured(self, work: Work) -> bool:
+        return work.record.id in self.captured
 
     def _sweep(self, record: InstanceRecord) -> None:
         """Remove a deleted instance's body, as provisioner/preparation.py does."""

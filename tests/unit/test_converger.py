@@ -17,7 +17,7 @@ from provisioner import converger, lifecycle
 from provisioner.engine import UpdateResult
 from provisioner.errors import DockerError, EngineError, LeaseLost, SnapshotFailed
 from provisioner.ledger.instances import Update
-from provisioner.ledger.records import SnapshotRecord, SnapshotState
+from provisioner.ledger.records import NodeStatus, SnapshotRecord, SnapshotState
 from provisioner.states import Status, Wanted
 from provisioner.work import find_error, plan
 from stacks.spec import ClusterSpec, NodeSpec, PortRange
@@ -303,6 +303,22 @@ def test_repairs_are_not_held_up_by_a_stream_of_other_work(world: World) -> None
     world.converger.step()
     assert world.record.status is Status.RUNNING
     assert world.engine.made[CONTAINER]
+
+
+def test_a_snapshot_that_was_whole_before_its_node_was_lost_is_recorded_without_the_node(world: World) -> None:
+    world.ledger.nodes.sync(world.cluster.nodes)
+    world.ledger.nodes.observe("local", values={"status": NodeStatus.ONLINE})
+    for instance_id in (ID, "mu-other"):
+        world.wish_step("create", instance_id)
+    world.settle()
+    for instance_id in (ID, "mu-other"):
+        world.wish_step("dormant", instance_id)
+    world.ledger.nodes.observe("local", values={"status": NodeStatus.OFFLINE, "misses": 3})
+    assert world.converger.step() is None
+    world.captured.add(ID)
+    world.settle()
+    assert world.record.status is Status.DORMANT
+    assert world.ledger.instances.get("mu-other").operation == "making_dormant"
 
 
 def test_an_engine_that_is_down_does_not_stop_the_converger_at_a_node_in_doubt(world: World) -> None:

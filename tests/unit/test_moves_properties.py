@@ -66,6 +66,7 @@ class Nodes(World):
             replacing=False,
         )
         self.engine.note_leftover = lambda node_id, urn: ledger.leftovers.add(node_id=node_id, urn=urn, name=urn)
+        self.engine.is_away = self.is_away
         self.engine.node_of = lambda instance_id: ledger.instances.get(instance_id).node_id
         self.crash()
 
@@ -84,6 +85,10 @@ class Nodes(World):
             for generation in record.obsolete_snapshots:
                 self.engine.made.pop(NAMES.snapshot_urn(record.id, generation), None)
         return True
+
+    def _is_captured(self, work: Work) -> bool:
+        """Say so after a restart too, as an operator's update finds it, which a real service has forgotten."""
+        return work.step in (Step.SNAPSHOT, Step.LIVE_SNAPSHOT) and work.targets[0] in self.engine.made
 
     def _sweep(self, record: InstanceRecord) -> None:
         """Remove an instance's body where the stack does not know it, as provisioner/preparation.py does."""

@@ -14,7 +14,7 @@ from provisioner import image_supply, lifecycle, preparation
 from provisioner.changes import Changes
 from provisioner.cluster import Cluster
 from provisioner.docker_hosts.hosts import DockerHosts
-from provisioner.errors import NodeUnreachable
+from provisioner.errors import NodeUnreachable, SnapshotFailed
 from provisioner.ledger import Ledger
 from provisioner.ledger.records import InstanceRecord
 from provisioner.preparation import Preparation
@@ -178,6 +178,32 @@ def test_a_live_snapshot_is_captured_as_one(world: World, monkeypatch: pytest.Mo
     assert asked == [live]
     (ref,) = (spec_of(world.ledger.instances.get(ID)) or pytest.fail("no spec")).snapshots
     assert ref.live == live
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_snapshot_is_captured_once_its_capture_has_ended_well(
+    world: World, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    may_end = threading.Event()
+
+    class Taken:
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+        def run(self) -> None:
+            may_end.wait(10)
+            if fails:
+                raise SnapshotFailed("No snapshot was taken.")
+
+    monkeypatch.setattr(preparation, "Capture", Taken)
+    world.ledger.instances.create(lambda _: (make_record(), "test"))
+    world.change(lambda r: lifecycle.wish_dormant(r, reason="test"))
+    assert not world.preparation.is_captured(world.work)
+    assert not world.preparation.prepare(world.work)
+    assert not world.preparation.is_captured(world.work)
+    world.preparation._changes.work.clear()
+    may_end.set()
+    assert world.preparation._changes.work.wait(10)
+    assert world.preparation.is_captured(world.work) is not fails
 
 
 def test_nothing_is_made_ahead_for_a_wish_that_was_overtaken(world: World) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,8 @@ from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.errors import Conflict, LedgerUnavailable, NoCapacity
 from provisioner.images import ImageCatalogue
 from provisioner.ledger import Ledger
-from provisioner.ledger.records import InstanceRecord, NodeStatus
+from provisioner.ledger.instances import Update
+from provisioner.ledger.records import InstanceRecord, Moving, NodeStatus
 from provisioner.service import FULL_RESTORE, QUICK_START, InstanceService
 from provisioner.settings import Settings
 from provisioner.states import Status, Wanted
@@ -64,6 +66,30 @@ def test_a_ledger_that_is_away_for_a_moment_does_not_end_the_waiting(
     away = iter([True])
     with pytest.raises(LedgerUnavailable):
         asyncio.run(service.outcome(record, timeout_s=0))
+
+
+def test_whoever_wants_it_back_waits_for_the_end_of_a_move_that_overtakes_it(
+    ledger: Ledger, service: InstanceService
+) -> None:
+    wished = make_record(status=Status.CREATING, generation=3, settled_generation=2, restore_generation=2)
+    halfway = dataclasses.replace(
+        wished,
+        wanted=Wanted.DORMANT,
+        status=Status.DORMANT,
+        generation=4,
+        applied_generation=4,
+        settled_generation=4,
+        moving=Moving.OFFLINE,
+        restore_generation=None,
+    )
+    ledger.instances.create(lambda _: (halfway, "test"))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(lambda: asyncio.run(service.outcome(wished, timeout_s=30)))
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.3)
+        there = {"wanted": Wanted.RUNNING, "status": Status.RUNNING, "moving": None}
+        ledger.instances.change(ID, lambda _, __: Update(values=there))
+        assert waiting.result() == ledger.instances.get(ID)
 
 
 def test_a_second_revive_waits_for_the_first(ledger: Ledger, service: InstanceService) -> None:

@@ -85,9 +85,12 @@ class SnapshotType(MachineuseResource):
         return found
 
     def create(self, call: Call, *, inputs: Properties) -> Created:
-        """Take the snapshot, or find the one that an interrupted run completed; raises `SnapshotFailed`."""
+        """Take the snapshot, or find the one that an interrupted run completed; raises `SnapshotFailed`.
+
+        A node that is away is not asked: a snapshot that is whole without it is all that can be had.
+        """
         wanted = parse(SnapshotInputs, inputs)
-        result = Capture(
+        capture = Capture(
             CaptureRequest(
                 snapshot=wanted.snapshot,
                 cluster=wanted.cluster,
@@ -109,7 +112,13 @@ class SnapshotType(MachineuseResource):
             store=self._store,
             progress=call.progress,
             home_keeper=self._cloud_home(wanted, region=wanted.cloud_region, urn=call.urn),
-        ).run()
+        )
+        if self._policy.is_away(wanted.node_id):
+            result = capture.find()
+            # Half a copy at best, and no use to anybody.
+            self._policy.note_leftover(urn=call.urn, host=wanted.docker_host, name=wanted.copy_volume)
+        else:
+            result = capture.run()
         if result.copy_error is not None:
             call.warn(f"Snapshot {wanted.snapshot} is whole, but the node kept no quick copy: {result.copy_error}")
         if not result.manifest.stopped_cleanly and not result.manifest.live:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from provisioner.docker_hosts.hosts import DockerHosts
-from provisioner.errors import LedgerMismatch, NodeUnreachable, StillWanted
+from provisioner.errors import LedgerMismatch, NodeUnreachable, SnapshotFailed, StillWanted
 from provisioner.plugins.machineuse.claim import ClaimType
 from provisioner.plugins.machineuse.restore import RestoreType
 from provisioner.plugins.machineuse.snapshot import SnapshotType
@@ -53,12 +53,17 @@ RESTORE: dict[str, Any] = {
 @dataclass
 class Policy:
     decision: DeleteDecision
+    away: bool = False
     leftovers: list[str] = field(default_factory=list)
 
     def check_delete(self, *, urn: str, labels: Mapping[str, str], kind: str, replacing: bool) -> DeleteDecision:
         assert (kind, labels["machineuse.instance"], labels["machineuse.ledger"]) == ("snapshot", "mu-1", "ledger")
         assert not replacing
         return self.decision
+
+    def is_away(self, node_id: str) -> bool:
+        assert node_id == "local"
+        return self.away
 
     def note_leftover(self, *, urn: str, host: str, name: str) -> None:
         assert host == DEAD_NODE
@@ -126,6 +131,20 @@ def test_on_a_dead_node_a_forced_delete_notes_what_it_leaves(store: DirectorySto
     kind.delete(call, id="mu-1/2", inputs=INPUTS, outputs=INPUTS)
     assert policy.leftovers == ["v-copy", "machineuse/restored:mu-1-2"]
     assert store.list("mu-1") == ()
+
+
+def test_a_snapshot_that_was_whole_before_its_node_was_lost_is_taken_without_the_node(
+    store: DirectoryStore, call: Call
+) -> None:
+    kind, policy = snapshots(store, DeleteDecision(allowed=True))
+    with pytest.raises(SnapshotFailed, match="does not answer"):
+        kind.create(call, inputs=INPUTS)  # asked, because it is not known to be away
+    policy.away = True
+    created = kind.create(call, inputs=INPUTS)
+    assert (created.id, created.outputs["quickCopy"]) == ("mu-1/2", False)
+    assert policy.leftovers == ["v-copy"]
+    with pytest.raises(SnapshotFailed, match="node local does not answer"):
+        kind.create(call, inputs=INPUTS | {"generation": 3})
 
 
 def test_only_another_snapshot_is_a_difference(store: DirectoryStore, call: Call) -> None:
