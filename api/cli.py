@@ -77,12 +77,15 @@ def instances(data_dir: DataDirOption = None, cluster: ClusterOption = None) -> 
     from rich.console import Console
     from rich.table import Table
 
+    from provisioner.leaving import is_away, service_runs
     from provisioner.ledger import Ledger
 
     settings = read_settings(data_dir=data_dir, cluster=cluster)
     ledger = Ledger.open(settings.ledger_location)
     try:
         records = ledger.instances.all()
+        away = {node.id for node in ledger.nodes.list() if is_away(node)}
+        served = service_runs(ledger, heartbeat_s=settings.heartbeat_s)
     finally:
         ledger.close()
     table = Table(box=None, pad_edge=False)
@@ -95,7 +98,7 @@ def instances(data_dir: DataDirOption = None, cluster: ClusterOption = None) -> 
         table.add_row(
             record.id,
             record.status.value,
-            record.node_id,
+            f"{record.node_id} (offline)" if record.node_id in away and record.body else record.node_id,
             *ports,
             record.image_requested,
             record.operation or "",
@@ -104,6 +107,8 @@ def instances(data_dir: DataDirOption = None, cluster: ClusterOption = None) -> 
     for record in records:  # below the table: each is one line, however wide the terminal is
         if record.error_message:
             typer.echo(f"{record.id}: {record.error_message}")
+    if records and not served:
+        typer.echo("No service runs: the status is as it was last seen.")
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from api.options import ClusterOption, DataDirOption, read_settings
-from provisioner.errors import Conflict, DockerError, InvalidRequest, LedgerMismatch, NotFound
+from provisioner.errors import Conflict, DockerError, InvalidRequest, LedgerMismatch, NotFound, SettingsError
 
 if TYPE_CHECKING:
     from provisioner.ledger import Ledger
@@ -199,8 +199,15 @@ def remove(
 
 
 def _read(settings: Settings) -> ClusterSpec:
-    from provisioner.clusterfile import read_cluster
+    """Return the cluster as its file says; a look, or a typing error in `--cluster`, must not write a first file."""
+    from provisioner.clusterfile import path_of, read_cluster
 
+    path = path_of(settings.project_dir, cluster=settings.cluster)
+    if not path.exists():
+        raise SettingsError(
+            f"There is no {path.name}, so there is no cluster '{settings.cluster}' yet.",
+            resolution="Correct --cluster, or begin it with `machineuse serve` or `machineuse node add`.",
+        )
     return read_cluster(settings.project_dir, cluster=settings.cluster)
 
 
@@ -212,9 +219,9 @@ def _edit(settings: Settings, change: Any) -> ClusterSpec:
 
 def _node_of(settings: Settings, change: Any, argument: Any) -> NodeSpec | None:
     """Try an edit without writing it; return the node that it names, as it then is. Raises what the edit would."""
-    from provisioner.clusterfile import parse_cluster, path_of, read_text
+    from provisioner.clusterfile import parse_cluster, path_of, read_cluster, read_text
 
-    _read(settings)
+    read_cluster(settings.project_dir, cluster=settings.cluster)  # writes a first one
     path = path_of(settings.project_dir, cluster=settings.cluster)
     spec = parse_cluster(change(read_text(path), argument), cluster=settings.cluster, file=path.name)
     return spec.node(argument["id"]) if isinstance(argument, dict) else None
