@@ -99,7 +99,9 @@ def test_what_is_no_engines_url_is_refused_before_anything_is_asked_there(host: 
         NodeSpec(id="a", host=host)
 
 
-@pytest.mark.parametrize("bind_ip", ["", "localhost", "b.example", "10.0.0.256", "10.0.0", "10.0.0.2:80", "fe80::1%eth0"])
+@pytest.mark.parametrize(
+    "bind_ip", ["", "localhost", "b.example", "10.0.0.256", "10.0.0", "10.0.0.2:80", "fe80::1%eth0"]
+)
 def test_what_docker_would_take_for_every_address_is_none_to_bind_ports_to(bind_ip: str) -> None:
     with pytest.raises(ValidationError, match="it should be an IP address of the node"):
         NodeSpec(id="a", bind_ip=bind_ip)
