@@ -76,19 +76,25 @@ def pulumi(context: typer.Context) -> None:
 @app.command()
 def instances(data_dir: DataDirOption = None, cluster: ClusterOption = None) -> None:
     """List the instances that the ledger knows, whether the service runs or not."""
+    from provisioner.leaving import is_away, service_runs
     from provisioner.ledger import Ledger
 
     settings = read_settings(data_dir=data_dir, cluster=cluster)
     ledger = Ledger.open(settings.ledger_location)
     try:
         records = ledger.instances.all()
+        away = {node.id for node in ledger.nodes.list() if is_away(node)}
+        served = service_runs(ledger, heartbeat_s=settings.heartbeat_s)
     finally:
         ledger.close()
     columns = ("id", "status", "node", "debug port", "stream port", "image", "under way")
-    show_table(columns, [_row(record) for record in records], folding=("image", "under way"))
+    rows = [_row(record, away=record.node_id in away) for record in records]
+    show_table(columns, rows, folding=("image", "under way"))
     for record in records:  # below the table: each is one line, however wide the terminal is
         if record.error_message:
             typer.echo(f"{record.id}: {record.error_message}")
+    if records and not served:
+        typer.echo("No service runs: the status is as it was last seen.")
 
 
 def main() -> None:
@@ -102,9 +108,10 @@ def main() -> None:
         sys.exit(1)
 
 
-def _row(record: InstanceRecord) -> list[str]:
+def _row(record: InstanceRecord, *, away: bool) -> list[str]:
+    node = f"{record.node_id} (offline)" if away and record.body else record.node_id
     ports = ["" if port is None else str(port) for port in (record.debug_port, record.stream_port)]
-    shown = [record.id, record.status.value, record.node_id, *ports]
+    shown = [record.id, record.status.value, node, *ports]
     return [*shown, record.image_requested, record.operation or ""]
 
 

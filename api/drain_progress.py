@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import typer
 
+from provisioner.errors import Conflict
 from provisioner.leaving import Leaving, is_away, is_closed, service_runs, watch_leaving
 from provisioner.ledger import Ledger
 
@@ -58,6 +59,7 @@ def _follow(
     most = 0
     told: set[str] = set()
     there: set[str] = set()
+    begun = False
 
     def say_once(line: str) -> None:
         if line not in told:
@@ -72,6 +74,12 @@ def _follow(
         there, most = ids, max(most, now.left)
         node = next((node for node in ledger.nodes.list() if node.id == node_id), None)
         runs = service_runs(ledger, heartbeat_s=heartbeat_s)
+        begun = begun or is_closed(node)
+        if begun and not is_closed(node):
+            raise Conflict(
+                f"Node {node_id} takes instances again: its drain was stopped.",
+                resolution=f"`machineuse node drain {node_id}` goes on with it.",
+            )
         if not ids:
             if is_closed(node) or not runs:
                 return

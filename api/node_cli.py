@@ -17,7 +17,7 @@ import typer
 
 from api.options import ClusterOption, DataDirOption, read_settings
 from api.tables import show_table
-from provisioner.errors import Conflict, DockerError, InvalidRequest, LedgerMismatch, NotFound
+from provisioner.errors import Conflict, DockerError, InvalidRequest, LedgerMismatch, NotFound, SettingsError
 
 if TYPE_CHECKING:
     from provisioner.ledger import Ledger
@@ -79,6 +79,7 @@ def add(
     cluster: ClusterOption = None,
 ) -> None:
     """Add a node, once its Docker engine answers."""
+    from provisioner.clusterfile import read_cluster
     from provisioner.clustertext import add_node
     from stacks.spec import machine_in
 
@@ -98,6 +99,7 @@ def add(
     }
     entry = {key: value for key, value in given.items() if value is not None}
     _refuse_unreachable_ports(host, bind_ip=bind_ip)
+    read_cluster(settings.project_dir, cluster=settings.cluster)  # writes a first one
     spec = _try(settings, lambda text: add_node(text, entry))  # refuses what is wrong before the engine is asked
     if not unchecked:
         typer.echo(_ask_engine(settings, spec, spec.nodes[-1]))
@@ -205,8 +207,15 @@ def remove(
 
 
 def _read(settings: Settings) -> ClusterSpec:
-    from provisioner.clusterfile import read_cluster
+    """Return the cluster as its file says; a look, or a typing error in `--cluster`, must not write a first file."""
+    from provisioner.clusterfile import path_of, read_cluster
 
+    path = path_of(settings.project_dir, cluster=settings.cluster)
+    if not path.exists():
+        raise SettingsError(
+            f"There is no {path.name}, so there is no cluster '{settings.cluster}' yet.",
+            resolution="Correct --cluster, or begin it with `machineuse serve` or `machineuse node add`.",
+        )
     return read_cluster(settings.project_dir, cluster=settings.cluster)
 
 

@@ -137,7 +137,8 @@ def load(text: str, *, file: str) -> dict[str, Any]:
         mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
         line = f", line {mark.line + 1}" if mark is not None else ""
         problem = error.problem if isinstance(error, MarkedYAMLError) else None
-        raise SettingsError(f"{file}{line}: it is not YAML: {problem or error}.", detail=str(error)) from error
+        said = " ".join((problem or str(error)).split())  # in one line, and that is all: what it quotes is in the file
+        raise SettingsError(f"{file}{line}: it is not YAML: {said}.") from error
     if document is None:
         return {}
     if not isinstance(document, dict):

@@ -26,7 +26,7 @@ from provisioner.docker_hosts.archives import DockerMachine
 from provisioner.docker_hosts.containers import remove_container, resume_container
 from provisioner.docker_hosts.helpers import remove_helpers
 from provisioner.docker_hosts.hosts import DockerHost, DockerHosts
-from provisioner.docker_hosts.inventory import ListedContainer, list_containers, list_volumes
+from provisioner.docker_hosts.inventory import ListedContainer, ListedVolume, list_containers, list_volumes
 from provisioner.docker_hosts.volumes import remove_volume
 from provisioner.errors import DockerError, NotFound
 from provisioner.health import MOST_NODES_AT_ONCE
@@ -77,6 +77,7 @@ class Repair:
         self._lost: defaultdict[str, Sightings] = defaultdict(Sightings)
         self._paused: defaultdict[str, Sightings] = defaultdict(Sightings)
         self._orphans: defaultdict[tuple[str, str], Sightings] = defaultdict(Sightings)
+        self._old_copies: defaultdict[str, Sightings] = defaultdict(Sightings)
         self._strangers: set[tuple[str, str]] = set()
         self._steps = 0
         self._pool = ThreadPoolExecutor(max_workers=MOST_NODES_AT_ONCE, thread_name_prefix="machineuse-repair")
@@ -113,6 +114,7 @@ class Repair:
             self._remove_orphans(node, host, kind=_CONTAINER, owners=[(c.instance_id, c.name) for c in containers])
             if volumes is not None:
                 self._remove_orphans(node, host, kind=_VOLUME, owners=[(v.instance_id, v.name) for v in volumes])
+                self._remove_old_copies(node, host, volumes=volumes, records=records)
         except DockerError as error:
             log.warning("look at a node failed", node=node.id, error=error.message, detail=error.detail)
 
@@ -199,6 +201,46 @@ class Repair:
                 instance_id=instance_id,
                 node_id=node.id,
             )
+
+    def _remove_old_copies(
+        self,
+        node: NodeSpec,
+        host: DockerHost,
+        *,
+        volumes: Iterable[ListedVolume],
+        records: Mapping[str, InstanceRecord],
+    ) -> None:
+        """Remove copies of snapshots that are gone, as those go while a node is not in the cluster's file.
+
+        Of snapshots that were, that is: what an older ledger, put back, has yet to come to is kept.
+        """
+        old = []
+        for volume in volumes:
+            _, _, generation = volume.name.rpartition("-copy-")
+            if not generation.isdigit() or volume.instance_id is None:
+                continue
+            record = records.get(volume.instance_id) or self._find(volume.instance_id)  # it may live elsewhere by now
+            if record is None or int(generation) > record.generation:
+                continue
+            copy = self._names.docker_copy(record.id, int(generation))
+            if volume.name == copy and record.snapshot(int(generation)) is None:
+                old.append((record.id, copy))
+        for instance_id, name in self._old_copies[node.id].see(old):
+            remove_helpers(host, name)
+            remove_volume(host, name)
+            log.warning("orphan removed", node=node.id, kind=_VOLUME, name=name)
+            self._ledger.events.add(
+                "orphan_removed",
+                message=f"{_VOLUME} {name} on node {node.id} was a copy of a snapshot that is gone, and was removed",
+                instance_id=instance_id,
+                node_id=node.id,
+            )
+
+    def _find(self, instance_id: str) -> InstanceRecord | None:
+        try:
+            return self._ledger.instances.get(instance_id)
+        except NotFound:
+            return None
 
     def _tell_of_stranger(self, node: NodeSpec, *, kind: str, name: str, instance_id: str) -> None:
         if (node.id, name) in self._strangers:

@@ -6,6 +6,7 @@ in the names. Nothing here knows how a thing is made.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from enum import StrEnum
 from pathlib import Path
@@ -108,6 +109,18 @@ class NodeSpec(Spec):
         if not _is_engine(host):
             raise ValueError("it should be unix:///PATH, tcp://HOST:PORT or ssh://USER@HOST[:PORT]")
         return host
+
+    @field_validator("bind_ip")
+    @classmethod
+    def _is_an_address(cls, bind_ip: str) -> str:
+        # Docker takes what it can't read, a name or a typing error, for every address of the node.
+        try:
+            readable = "%" not in bind_ip and ipaddress.ip_address(bind_ip)
+        except ValueError:
+            readable = False
+        if not readable:
+            raise ValueError("it should be an IP address of the node, or 0.0.0.0 for all of them")
+        return bind_ip
 
     @model_validator(mode="after")
     def _volumes_have_a_cloud(self) -> Self:

@@ -22,7 +22,7 @@ import structlog
 from google.protobuf import empty_pb2, message
 from pulumi.runtime.proto import plugin_pb2, provider_pb2, provider_pb2_grpc
 
-from provisioner.errors import InvalidRequest, MachineuseError
+from provisioner.errors import InvalidRequest, MachineuseError, NodeUnreachable
 from provisioner.plugins.failures import describe, status_of
 from provisioner.plugins.resources import Call, ChangeKind, Difference, Failure, ResourceType
 from provisioner.plugins.sessions import (
@@ -210,7 +210,16 @@ class PluginServicer(provider_pb2_grpc.ResourceProviderServicer):
     @_answering_errors
     def Read(self, request: provider_pb2.ReadRequest, context: grpc.ServicerContext) -> provider_pb2.ReadResponse:
         call, kind = self._begin(request, context)
-        found = kind.read(call, id=request.id, inputs=to_plain(request.inputs), outputs=to_plain(request.properties))
+        outputs = to_plain(request.properties)
+        try:
+            found = kind.read(call, id=request.id, inputs=to_plain(request.inputs), outputs=outputs)
+        except NodeUnreachable as error:
+            # One silent node must not keep an operator from seeing what became of all others. Only of an operator: the
+            # service refreshes to find out, and leaves silent nodes out itself.
+            if not (self._own_engine and outputs):
+                raise
+            call.warn(f"{error.explain()} Taken to be as it is recorded.")
+            return provider_pb2.ReadResponse(id=request.id, inputs=request.inputs, properties=request.properties)
         if found is None:
             return provider_pb2.ReadResponse()
         return provider_pb2.ReadResponse(

@@ -307,6 +307,37 @@ def test_only_what_the_ledger_knows_to_be_deleted_is_removed_as_an_orphan(watche
     assert len(watched.docker.containers.list(all=True, filters=mine)) == 2
 
 
+def test_a_copy_of_a_snapshot_that_went_while_its_node_was_away_is_removed(watched: Watched) -> None:
+    record = watched.add(generation=4, applied_generation=4, settled_generation=4)
+    taken = [
+        SnapshotRecord(
+            instance_id=record.id,
+            generation=generation,
+            node_id="elsewhere",
+            state=state,
+            bytes=1,
+            created_at=0.0,
+            live=False,
+        )
+        for generation, state in ((2, SnapshotState.EXPIRING), (3, SnapshotState.VERIFIED), (4, SnapshotState.PENDING))
+    ]
+    watched.ledger.instances.change(record.id, lambda _, __: Update(put_snapshots=tuple(taken)))
+    copies = [watched.names.docker_copy(record.id, generation) for generation in range(1, 6)]
+    for name in (*copies, f"{copies[0]}-of-somebody"):
+        watched.docker.volumes.create(name, labels=watched.labels(record.id))
+    NodeHealth(watched.ledger, settings=watched.settings, **watched.parts()).beat_once()
+    repair = Repair(watched.ledger, **watched.parts())
+    repair.step()
+    assert watched.events("orphan_removed") == []
+    repair.step()
+    repair.close()
+    (told,) = watched.events("orphan_removed")
+    assert copies[0] in told
+    mine = {"label": f"machineuse.cluster={watched.cluster.name}"}
+    left = {volume.name for volume in watched.docker.volumes.list(filters=mine)}
+    assert left == {*copies[1:], f"{copies[0]}-of-somebody"}  # the fifth is for an older ledger that was put back
+
+
 def test_what_a_forced_delete_left_is_removed_once_the_node_answers(watched: Watched) -> None:
     record = watched.add()
     watched.run(record, command=SLEEPER, volumes={watched.names.docker_volume(record.id): {"bind": "/mnt"}})

@@ -62,6 +62,7 @@ HEAD = "config:\n  cluster:nodes:\n    - id: a\n    - id: b\n      host: ssh://b
         ("config:\n  cluster:nodes: {}\n", 2, "cluster:nodes: "),
         (f"{HEAD}      id: c\n", 6, 'it is not YAML: found duplicate key "id"'),
         (f"{HEAD}   - id: c\n", 6, "it is not YAML: "),
+        (f"{HEAD}\tid: c\n", 6, "it is not YAML: found character '\\t' that cannot start any token."),
         ("config: 3\n", 1, "config: it should be a list of keys and values"),
     ],
 )
@@ -106,6 +107,19 @@ def test_an_engine_may_be_reached_by_socket_tcp_or_ssh(host: str) -> None:
 def test_what_is_no_engines_url_is_refused_before_anything_is_asked_there(host: str) -> None:
     with pytest.raises(ValidationError, match="it should be unix:///PATH, tcp://HOST:PORT or ssh://USER@HOST"):
         NodeSpec(id="a", host=host)
+
+
+@pytest.mark.parametrize(
+    "bind_ip", ["", "localhost", "b.example", "10.0.0.256", "10.0.0", "10.0.0.2:80", "fe80::1%eth0"]
+)
+def test_what_docker_would_take_for_every_address_is_none_to_bind_ports_to(bind_ip: str) -> None:
+    with pytest.raises(ValidationError, match="it should be an IP address of the node"):
+        NodeSpec(id="a", bind_ip=bind_ip)
+
+
+@pytest.mark.parametrize("bind_ip", ["127.0.0.1", "10.0.0.2", "0.0.0.0", "::", "fd00::3"])
+def test_ports_are_bound_to_one_address_or_to_all_if_so_asked(bind_ip: str) -> None:
+    assert NodeSpec(id="a", bind_ip=bind_ip).bind_ip == bind_ip
 
 
 def test_a_node_is_reached_where_its_engine_is_unless_the_file_says_otherwise() -> None:

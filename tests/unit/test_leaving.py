@@ -13,9 +13,10 @@ from pydantic import SecretStr
 
 from api import drain_progress
 from provisioner import lifecycle
-from provisioner.errors import SnapshotFailed
+from provisioner.errors import Conflict, SnapshotFailed
 from provisioner.leaving import service_runs, watch_leaving
 from provisioner.ledger import Ledger
+from provisioner.ledger.instances import Update
 from provisioner.ledger.records import NodeStatus
 from provisioner.states import Status, Wanted
 from stacks.spec import Availability, NodeSpec
@@ -91,6 +92,23 @@ def test_a_node_is_not_called_empty_before_the_service_knows_that_nothing_new_ma
     monkeypatch.setattr(drain_progress.time, "sleep", take_over)
     drain_progress.follow(ledger, node_id="b", heartbeat_s=5)
     assert capsys.readouterr().out == "Node b is empty.\n"
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_drain_that_somebody_stops_is_not_watched_for_ever_nor_called_done(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], left: int
+) -> None:
+    add(ledger, "mu")
+
+    def uncordon(_: float) -> None:
+        if not left:
+            ledger.instances.change("mu", lambda _, __: Update(values={"node_id": "a"}))
+        ledger.nodes.sync([NodeSpec(id="a"), NodeSpec(id="b", host="unix:///nobody")])
+
+    monkeypatch.setattr(time, "sleep", uncordon)
+    with pytest.raises(Conflict, match="Node b takes instances again: its drain was stopped"):
+        drain_progress.follow(ledger, node_id="b", heartbeat_s=5)
+    assert "is empty" not in capsys.readouterr().out
 
 
 def test_each_change_is_one_line_off_a_terminal(

@@ -280,7 +280,7 @@ def test_another_host_for_a_node_with_instances_needs_an_answer(two: Cell) -> No
 
 
 def test_other_ways_through_ssh_may_lead_to_another_engine_too(tmp_path: Path) -> None:
-    behind_a = A + "    - {id: b, host: 'ssh://nobody@127.0.0.1:1', ssh_opts: [-oBindAddress=127.0.0.1]}\n"
+    behind_a = A + "    - {id: b, host: 'ssh://nobody@127.0.0.1:1', address: b, ssh_opts: [-oBindAddress=127.0.0.1]}\n"
     cell = Cell(tmp_path, text=behind_a)
     cell.add()
     cell.write(behind_a.replace("0.0.1]", "0.0.2]"))
@@ -313,7 +313,7 @@ def test_a_check_of_many_nodes_goes_through_the_instances_once(tmp_path: Path, m
             passes += 1
             return super().__iter__()
 
-    nodes = [f"    - {{id: n{number}, host: 'unix:///nobody/{number}'}}\n" for number in range(9)]
+    nodes = [f"    - {{id: n{number}, host: 'unix:///nobody/{number}', address: h{number}}}\n" for number in range(9)]
     cell = Cell(tmp_path, text="config:\n  cluster:nodes:\n" + "".join(nodes))
     records = Records([make_record(node_id="n0")])
     monkeypatch.setattr(cell.ledger.instances, "all", lambda: records)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from provisioner.ledger.records import NodeStatus
 from provisioner.settings import Settings
 from stacks.spec import NodeSpec
 from tests.support.ports import free_port
+from tests.support.records import make_record
 
 FAR = NodeSpec(id="b", host="tcp://[fd00::3]:2376", labels={"note": "[/bold]"})
 WHY = "The Docker engine at tcp://[fd00::3]:2376 does not answer: " + "it refuses our client certificate. " * 5
@@ -43,7 +45,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     """Give a function that runs the command: exit code, lines of output, lines of errors."""
 
     def run(*arguments: str) -> tuple[object, list[str], list[str]]:
-        monkeypatch.setattr(sys, "argv", ["machineuse", "node", *arguments])
+        command = () if arguments[0] == "instances" else ("node",)
+        monkeypatch.setattr(sys, "argv", ["machineuse", *command, *arguments])
         with pytest.raises(SystemExit) as ended:
             main()
         out, err = capsys.readouterr()
@@ -63,6 +66,35 @@ def test_a_node_that_can_not_be_reached_says_why_in_one_line(
     assert f"b: {WHY}" in out
     (row,) = [line for line in out if line.startswith("b ")]
     assert row.split() == ["b", FAR.host, "offline", "active", "none", "note=[/bold]"]
+
+
+def test_instances_show_that_their_node_is_offline_and_that_nobody_looks(
+    run: Run, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    ledger.nodes.observe("a", values={"status": NodeStatus.ONLINE})
+    for record in (
+        make_record(id="mu-near", node_id="a"),
+        make_record(id="mu-far", node_id="b"),
+        make_record(id="mu-asleep", node_id="b", body=False, debug_port=None, stream_port=None),
+    ):
+        ledger.instances.create(lambda _, record=record: (record, "test"))
+    code, out, _ = run("instances")
+    assert code == 0
+    nodes = {words[0]: words[2:4] for words in map(str.split, out) if words[0].startswith("mu-")}
+    assert nodes == {"mu-near": ["a", "21000"], "mu-far": ["b", "(offline)"], "mu-asleep": ["b", "ubuntu:22.04"]}
+    assert "No service runs: the status is as it was last seen." in out
+    ledger.nodes.observe("a", values={"last_heartbeat": time.time()})
+    assert not any(line.startswith("No service runs") for line in run("instances")[1])
+
+
+@pytest.mark.usefixtures("ledger")
+@pytest.mark.parametrize("command", [("list",), ("cordon", "a"), ("drain", "a"), ("remove", "a")])
+def test_a_look_or_a_typing_error_begins_no_cluster(run: Run, tmp_path: Path, command: tuple[str, ...]) -> None:
+    code, out, err = run(*command, "--cluster", "y")
+    assert (code, out) == (1, [])
+    assert err[0].startswith("machineuse: There is no Pulumi.y.yaml, so there is no cluster 'y' yet.")
+    assert not path_of(tmp_path, cluster="y").exists()
 
 
 @pytest.mark.usefixtures("ledger")

@@ -71,6 +71,8 @@ class Thing(ResourceType):
         return Created(id="1", outputs=inputs | {"address": "x", "nothing": None, "list": [1, {"a": 0.5}]})
 
     def read(self, call: Call, *, id: str, inputs: Properties, outputs: Properties) -> Found | None:
+        if id == "out of reach":
+            raise NodeUnreachable("It does not answer.")
         return None if id == "gone" else Found(id=id, inputs=inputs, outputs=outputs | {"seen": True})
 
     def delete(self, call: Call, *, id: str, inputs: Properties, outputs: Properties) -> None:
@@ -201,6 +203,21 @@ def test_a_resource_that_is_gone_reads_as_nothing(host: PluginHost) -> None:
         assert stub.Read(provider_pb2.ReadRequest(id="gone", urn=URN)).id == ""
         found = stub.Read(provider_pb2.ReadRequest(id="1", urn=URN, properties=to_struct({"size": 1})))
     assert (found.id, to_plain(found.properties)) == ("1", {"size": 1, "seen": True})
+
+
+def test_an_operator_sees_what_is_out_of_reach_as_it_is_recorded_and_the_service_does_not(
+    host: PluginHost, thing: Thing
+) -> None:
+    request = provider_pb2.ReadRequest(
+        id="out of reach", urn=URN, inputs=to_struct({"size": 1}), properties=to_struct({"size": 1, "address": "x"})
+    )
+    with connect(host) as stub, pytest.raises(grpc.RpcError, match="It does not answer"):
+        stub.Read(request)
+    with PluginHost([Toy({TOKEN: thing}, engine_address="127.0.0.1:1")]) as own, connect(own) as stub:
+        found = stub.Read(request)
+        assert (found.id, found.inputs, found.properties) == (request.id, request.inputs, request.properties)
+        with pytest.raises(grpc.RpcError, match="It does not answer"):  # nothing is recorded of what is to be imported
+            stub.Read(provider_pb2.ReadRequest(id="out of reach", urn=URN))
 
 
 def test_a_delete_knows_whether_it_makes_room_for_a_successor(host: PluginHost, thing: Thing) -> None:
