@@ -73,8 +73,7 @@ def refusal(answer: httpx.Response, status: int) -> dict[str, str]:
 
 def events_of(service: Service, instance: dict[str, Any], kind: str) -> list[str]:
     """Return what the instance's events of a kind say."""
-    events = service.http.get(f"/v2/instances/{instance['id']}/events").json()
-    return [event["message"] for event in events if event["kind"] == kind]
+    return [event["message"] for event in service.events_of(instance["id"]) if event["kind"] == kind]
 
 
 # ---- size

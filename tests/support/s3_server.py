@@ -7,8 +7,12 @@ import secrets
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
+
+import pytest
 
 from provisioner.toolchain.test_tools import versitygw_path
 
@@ -83,3 +87,18 @@ class S3Server:
             for path in bucket.rglob("*")
             if path.is_file() and not path.relative_to(bucket).parts[0].startswith(".")
         )
+
+
+@contextmanager
+def s3_server(root: Path) -> Iterator[S3Server]:
+    """Run a server on an empty directory, with its keys in this process's environment, and no others."""
+    server = S3Server(root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("AWS_PROFILE", raising=False)
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()
