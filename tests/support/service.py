@@ -88,7 +88,8 @@ class Service:
         """Start it and wait until it serves."""
         with self.log_path.open("ab") as out:
             self._process = subprocess.Popen(
-                [str(COMMAND), "serve"],
+                # It must not outlive a run of the tests that was killed.
+                ["setpriv", "--pdeathsig", "KILL", str(COMMAND), "serve"],
                 env=self.environment,
                 stdout=out,
                 stderr=out,
