@@ -117,7 +117,7 @@ def test_sleepers_wake_from_the_bucket_while_their_node_is_lost_and_after_it_was
             snapshot_store=server.url("lost"),
             snapshot_keys=str(keys.path),
             heartbeat_s=0.5,
-            node_timeout_s=1,
+            node_timeout_s=2,
             offline_after_misses=2,
         )
         sleepers = [service.create(config=SMALL, node_preference="a")["id"] for _ in range(2)]

@@ -12,9 +12,9 @@ from datetime import datetime
 from typing import Any
 
 import docker
-import httpx
 import pytest
 
+from tests.support.browsing import version_of
 from tests.support.containers import execute
 from tests.support.engines import Engine
 from tests.support.service import Service
@@ -32,7 +32,7 @@ def service(start_service: Callable[..., Service], two_engines: Mapping[str, Eng
         minute_s=3,
         idle_check_s=0.3,
         heartbeat_s=0.5,
-        node_timeout_s=1,
+        node_timeout_s=2,
         offline_after_misses=2,
     )
 
@@ -54,7 +54,7 @@ def await_live_snapshot(service: Service, instance: dict[str, Any], *, after: fl
     """Use the browser until a snapshot has been taken of it, while it runs, that began after that moment."""
 
     def found() -> bool:
-        httpx.get(f"{instance['urls']['debug']}/json/version")
+        version_of(instance)
         snapshots = service.get(instance["id"])["snapshots"]
         return any(
             s["live"] and s["state"] == "verified" and datetime.fromisoformat(s["created_at"]).timestamp() > after
@@ -95,7 +95,7 @@ def test_an_instance_of_a_lost_node_runs_elsewhere_and_only_there(
         assert "what it did after that is lost" in there["restore_note"]
         assert "has not answered" in events_of(service, moved["id"])["move"]
         assert run(other, service, moved["id"], "cat", NOTE) == "kept\n"
-        assert "browser" in httpx.get(f"{there['urls']['debug']}/json/version").text.lower()
+        assert "Chrome" in version_of(there)["Browser"]
     finally:
         lost.start() if how == "kill" else lost.thaw()
 

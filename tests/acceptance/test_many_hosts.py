@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-import httpx
 import pytest
 
 from stacks.spec import BROWSER_IMAGE
+from tests.support.browsing import version_of
 from tests.support.containers import execute
 from tests.support.engines import Engine
 from tests.support.service import Service
@@ -48,12 +48,6 @@ def service(start_service: Callable[..., Service], engines: Mapping[str, Engine]
     )
 
 
-def browser_of(instance: Mapping[str, Any], engine: Engine) -> str:
-    answer = httpx.get(f"http://{engine.address}:{instance['debug_port']}/json/version", trust_env=False, timeout=5)
-    answer.raise_for_status()
-    return str(answer.json()["Browser"])
-
-
 def on_each(do: Callable[[str], T]) -> list[T]:
     """Do something for all nodes at once, as many callers would; return what came of it, in the nodes' order."""
     with ThreadPoolExecutor() as pool:
@@ -86,7 +80,7 @@ def test_an_instance_lives_on_each_machine_and_leaves_nothing_there(
         engine = engines[node_id]
         assert instance["node_id"] == node_id
         assert engine.address in instance["urls"]["debug"]
-        assert "Chrome" in browser_of(instance, engine)
+        assert "Chrome" in version_of(instance)["Browser"]
         container = container_of(instance, engine)
         execute(container, "sh", "-c", f"echo {node_id} > /home/machine/note")
         execute(container, "touch", "/opt/changed", user="0")
@@ -98,7 +92,7 @@ def test_an_instance_lives_on_each_machine_and_leaves_nothing_there(
     for woken in on_each(lambda node: service.post(f"{created[node]['id']}/revive", method=methods[node]).json()):
         engine = engines[woken["node_id"]]
         assert (woken["status"], woken["id"]) == ("running", created[woken["node_id"]]["id"])
-        assert "Chrome" in browser_of(woken, engine)
+        assert "Chrome" in version_of(woken)["Browser"]
         container = container_of(woken, engine)
         assert execute(container, "cat", "/home/machine/note") == f"{woken['node_id']}\n"
         execute(container, "ls", "/opt/changed")

@@ -31,7 +31,7 @@ def settings_for(engine: EngineProxy) -> dict[str, Any]:
     return {
         "node": {"host": engine.url, "labels": {"zone": "b"}},
         "heartbeat_s": 0.3,
-        "node_timeout_s": 1,
+        "node_timeout_s": 2,
         "offline_after_misses": 2,
     }
 
