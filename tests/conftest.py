@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
+from tests.support.engines import Engine
 from tests.support.postgres import PostgresServer
 from tests.support.service import Service
 
@@ -59,6 +60,13 @@ def start_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartSer
 def service(start_service: StartService) -> Service:
     """Give one running service to all tests of a module."""
     return start_service()
+
+
+@pytest.fixture(scope="module")
+def two_engines() -> Iterator[Mapping[str, Engine]]:
+    """Give two engines on machines of their own, by what their nodes are called."""
+    with Engine() as a, Engine() as b:
+        yield {"a": a, "b": b}
 
 
 @pytest.fixture(scope="session")

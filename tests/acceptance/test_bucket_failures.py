@@ -16,7 +16,8 @@ import pytest
 from provisioner.object_storage import Bucket
 from provisioner.snapshots.location import parse_s3_url
 from tests.conftest import StartService
-from tests.support.s3_server import S3Server
+from tests.support.containers import execute
+from tests.support.s3_server import S3Server, s3_server
 from tests.support.service import Service
 from tests.support.watched import wait_until
 
@@ -30,16 +31,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """Give a server whose disk is a small one of its own."""
     disk = tmp_path_factory.mktemp("s3")
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1g", "tmpfs", disk], check=True)
-    server = S3Server(disk)
-    server.start()
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.delenv("AWS_PROFILE", raising=False)
-            for name, value in server.environment.items():
-                patch.setenv(name, value)
+        with s3_server(disk) as server:
             yield server
     finally:
-        server.stop()
         subprocess.run(["umount", "--lazy", disk], check=True)
 
 
@@ -54,8 +49,7 @@ def service(start_service: StartService, server: S3Server) -> Service:
 
 
 def run(service: Service, instance_id: str, script: str) -> str:
-    output: bytes = service.container(instance_id).exec_run(["sh", "-c", script], user="1000").output
-    return output.decode()
+    return execute(service.container(instance_id), "sh", "-c", script, user="1000")
 
 
 def create_large(service: Service) -> tuple[str, str]:

@@ -159,13 +159,6 @@ class Visitor(Caller):
                 self.deleted.append(instance_id)
 
 
-def await_node(service: Service, node_id: str, status: str) -> None:
-    def found() -> bool:
-        return bool(service.http.get(f"/v2/nodes/{node_id}").json()["status"] == status)
-
-    wait_until(found, what=f"node {node_id} is {status}", timeout_s=60)
-
-
 def await_rest(service: Service, instance_id: str) -> dict[str, Any]:
     """Return an instance once nothing is under way for it."""
 
@@ -177,8 +170,7 @@ def await_rest(service: Service, instance_id: str) -> dict[str, Any]:
 
 
 def events_of(service: Service, instance_id: str) -> list[tuple[str, str]]:
-    events = service.http.get(f"/v2/instances/{instance_id}/events", params={"limit": 1000}).json()
-    return [(event["kind"], event["message"]) for event in events]
+    return [(event["kind"], event["message"]) for event in service.events_of(instance_id)]
 
 
 def last(kind: str, events: list[tuple[str, str]]) -> int:
@@ -253,19 +245,19 @@ def test_a_node_that_fails_under_work_loses_nothing(
     with ThreadPoolExecutor(CALLERS + 1) as pool:
         working = [pool.submit(caller.run) for caller in (*callers, visitor)]
         try:
-            wait_until(lambda: all(caller.has_written for caller in callers), what="all are at work", timeout_s=60)
+            wait_until(lambda: all(caller.has_written for caller in callers), what="all are at work")
             made_before = len(visitor.made)
             getattr(broken, breaks)()
             try:
-                await_node(service, node_id, "offline")
+                service.wait_for_node(node_id, "offline")
                 if until == "rest":
                     time.sleep(6)
                 else:
-                    wait_until(over, what=f"the resident is {until}", timeout_s=60)
+                    wait_until(over, what=f"the resident is {until}")
                 made_meanwhile = len(visitor.made) - made_before
             finally:
                 getattr(broken, BREAKS[breaks])()
-            await_node(service, node_id, "online")
+            service.wait_for_node(node_id, "online")
         finally:
             stopping.set()
         for work in working:

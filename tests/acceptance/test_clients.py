@@ -16,6 +16,7 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 
 from provisioner.toolchain.test_tools import puppeteer_dir
+from tests.support.browsing import version_of
 from tests.support.service import Service
 
 PAGE = """data:text/html,<title>a form</title>
@@ -97,7 +98,7 @@ def test_selenium_connects_and_drives(browser: dict[str, Any]) -> None:
 
 
 def test_the_browser_outlives_its_clients(service: Service, browser: dict[str, Any]) -> None:
-    version = httpx.get(f"{browser['urls']['debug']}/json/version").json()
+    version = version_of(browser)
     assert version["Browser"].startswith("Chrome/")
     assert "Headless" not in version["User-Agent"]
     assert version["webSocketDebuggerUrl"].startswith(f"ws://127.0.0.1:{browser['debug_port']}/devtools/browser/")
@@ -125,5 +126,5 @@ def test_a_page_of_another_web_site_can_not_drive_the_browser(browser: dict[str,
         "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
         "Origin": "https://elsewhere.example",
     }
-    target = httpx.get(f"{browser['urls']['debug']}/json/version").json()["webSocketDebuggerUrl"]
+    target = version_of(browser)["webSocketDebuggerUrl"]
     assert httpx.get(target.replace("ws://", "http://"), headers=headers).status_code == 403

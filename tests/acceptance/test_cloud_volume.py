@@ -6,7 +6,7 @@ AWS is an emulator; what it attaches are loop devices.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from tests.conftest import StartService
 from tests.support.browsing import new_page
 from tests.support.ebs import KEYS, Emulator, LoopDisks, can_attach
 from tests.support.service import ENGINE, Service
-from tests.support.watched import wait_until
+from tests.support.watched import wait_until as until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0 or not can_attach(), reason="needs root and loop devices")
 
@@ -73,10 +73,6 @@ def run_in(service: Service, instance: dict[str, Any], script: str, *, user: str
     return code, output.decode()
 
 
-def until(true: Callable[[], bool], *, timeout_s: float = 60) -> None:
-    wait_until(true, timeout_s=timeout_s)
-
-
 def test_a_life_on_a_cloud_volume(cloudy: Service, emulator: Emulator, disks: LoopDisks) -> None:
     instance = cloudy.create(config=SMALL)
     (volume,) = volumes_of(emulator, cloudy)
@@ -125,8 +121,7 @@ def test_a_life_on_a_cloud_volume(cloudy: Service, emulator: Emulator, disks: Lo
     assert run_in(cloudy, revived, "cat ~/notes /var/tmp/above") == (0, "kept\nabove\n")
 
     # what an operator sees is what is wanted
-    done = cloudy.pulumi("preview", "--stack", cloudy.cluster, "--expect-no-changes", "--refresh")
-    assert done.returncode == 0, done.stdout + done.stderr
+    cloudy.assert_unchanged("--refresh")
 
     # its browser's container lost: made again around the same volume
     cloudy.container(instance["id"]).remove(force=True)
@@ -167,7 +162,7 @@ def test_a_service_that_is_killed_goes_on_with_the_same_volume_and_snapshot(
     cloudy.kill()
     (volume,) = volumes_of(emulator, cloudy)
     cloudy.start()
-    cloudy.wait_for(instance["id"], "running", timeout_s=60)
+    cloudy.wait_for(instance["id"], "running")
     assert [v["VolumeId"] for v in volumes_of(emulator, cloudy)] == [volume["VolumeId"]]
     assert run_in(cloudy, instance, "echo kept > ~/notes")[0] == 0
 
@@ -176,7 +171,7 @@ def test_a_service_that_is_killed_goes_on_with_the_same_volume_and_snapshot(
     cloudy.kill()
     (snapshot,) = snapshots_of(emulator, cloudy)
     cloudy.start()
-    cloudy.wait_for(instance["id"], "dormant", timeout_s=60)
+    cloudy.wait_for(instance["id"], "dormant")
     assert [s["SnapshotId"] for s in snapshots_of(emulator, cloudy)] == [snapshot["SnapshotId"]]
     assert volumes_of(emulator, cloudy) == []
 
@@ -185,7 +180,7 @@ def test_a_service_that_is_killed_goes_on_with_the_same_volume_and_snapshot(
     cloudy.kill()
     (second,) = volumes_of(emulator, cloudy)
     cloudy.start()
-    cloudy.wait_for(instance["id"], "running", timeout_s=60)
+    cloudy.wait_for(instance["id"], "running")
     assert [v["VolumeId"] for v in volumes_of(emulator, cloudy)] == [second["VolumeId"]] != [volume["VolumeId"]]
     assert run_in(cloudy, instance, "cat ~/notes") == (0, "kept\n")
 

@@ -16,6 +16,7 @@ import pytest
 
 from stacks.names import Names
 from stacks.spec import BROWSER_IMAGE, SECCOMP_PROFILE
+from tests.support.browsing import version_of
 from tests.support.containers import execute
 from tests.support.service import Service
 from tests.support.shell_image import shell_image
@@ -73,8 +74,7 @@ def refusal(answer: httpx.Response, status: int) -> dict[str, str]:
 
 def events_of(service: Service, instance: dict[str, Any], kind: str) -> list[str]:
     """Return what the instance's events of a kind say."""
-    events = service.http.get(f"/v2/instances/{instance['id']}/events").json()
-    return [event["message"] for event in events if event["kind"] == kind]
+    return [event["message"] for event in service.events_of(instance["id"]) if event["kind"] == kind]
 
 
 # ---- size
@@ -153,7 +153,7 @@ def test_a_browser_beyond_its_disk_gb_runs_on_and_says_so_once(service: Service)
         over = service.get(instance["id"])
         assert over["status"] in ("running", "idle")
         assert over["disk_bytes"] > 30_000_000
-        assert httpx.get(f"{instance['urls']['debug']}/json/version").status_code == 200
+        assert "Chrome" in version_of(instance)["Browser"]
         run_in(service, instance, "sh", "-c", "head -c 1000000 /dev/zero >> /tmp/much")
         wait_until(lambda: service.get(instance["id"])["disk_bytes"] > over["disk_bytes"])
         assert len(events_of(service, instance, "disk_over")) == 1
@@ -244,7 +244,7 @@ def test_ports_that_are_taken_between_choice_and_start_are_replaced(service: Ser
                 continue
             running = service.wait_for(instance["id"], "running")
             assert running["debug_port"] not in (instance["debug_port"], None)
-            assert httpx.get(f"{running['urls']['debug']}/json/version").status_code == 200
+            assert "Chrome" in version_of(running)["Browser"]
             told = events_of(service, instance, "ports")[-1]
             assert "is taken" in told
             assert str(running["debug_port"]) in told

@@ -28,7 +28,7 @@ def resources_of(service: Service, instance_id: str) -> set[str]:
 
 
 def promised_by(service: Service) -> int:
-    count: int = service.http.get("/v2/nodes/local").json()["instances_count"]
+    count: int = service.node()["instances_count"]
     return count
 
 

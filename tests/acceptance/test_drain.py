@@ -25,15 +25,9 @@ SMALL = {"memory_gb": 0.5, "cpu_cores": 1}
 
 
 @pytest.fixture(scope="module")
-def engines() -> Iterator[Mapping[str, Engine]]:
-    with Engine() as a, Engine() as b:
-        yield {"a": a, "b": b}
-
-
-@pytest.fixture(scope="module")
-def service(start_service: Callable[..., Service], engines: Mapping[str, Engine]) -> Service:
+def service(start_service: Callable[..., Service], two_engines: Mapping[str, Engine]) -> Service:
     return start_service(
-        nodes=[engine.node(node_id) for node_id, engine in engines.items()],
+        nodes=[engine.node(node_id) for node_id, engine in two_engines.items()],
         heartbeat_s=0.5,
         idle_after_s=2,
         idle_check_s=0.3,
@@ -61,18 +55,18 @@ def in_use(instance: Mapping[str, Any]) -> Iterator[None]:
 
 def steps_of(service: Service, instance_id: str) -> dict[str, int]:
     """Return when each thing happened to an instance last, as the order of all events."""
-    return {e["kind"]: e["id"] for e in service.http.get(f"/v2/instances/{instance_id}/events").json()}
+    return {e["kind"]: e["id"] for e in service.events_of(instance_id)}
 
 
 def test_a_drain_goes_on_after_the_service_was_killed_and_those_in_use_leave_last(
-    service: Service, engines: Mapping[str, Engine]
+    service: Service, two_engines: Mapping[str, Engine]
 ) -> None:
     with ThreadPoolExecutor(3) as pool:
         made = list(pool.map(lambda _: service.create(config=SMALL, node_preference="a"), range(3)))
     assert {instance["node_id"] for instance in made} == {"a"}
     busy, *others = made
     for instance in made:
-        mark(engines["a"], instance, instance["id"])
+        mark(two_engines["a"], instance, instance["id"])
 
     def any_is(what: Callable[[dict[str, Any]], bool]) -> bool:
         return any(what(service.get(instance["id"])) for instance in made)
@@ -93,7 +87,7 @@ def test_a_drain_goes_on_after_the_service_was_killed_and_those_in_use_leave_las
             wait_until(lambda: any_is(lambda i: i["moving"] == "drain"), what="one falls asleep")
             service.kill()
             service.start()
-            wait_until(lambda: any_is(lambda i: i["moving"] and i["node_id"] == "b"), what="one wakes", timeout_s=60)
+            wait_until(lambda: any_is(lambda i: i["moving"] and i["node_id"] == "b"), what="one wakes")
             service.kill()
             service.start()
             said, _ = draining.communicate(timeout=180)
@@ -107,10 +101,10 @@ def test_a_drain_goes_on_after_the_service_was_killed_and_those_in_use_leave_las
         there = await_rest(service, instance["id"])
         assert (there["node_id"], there["error"]) == ("b", None)
         assert there["status"] in ("running", "idle")
-        assert_marked(engines["b"], there, instance["id"])
+        assert_marked(two_engines["b"], there, instance["id"])
     steps = {instance["id"]: steps_of(service, instance["id"]) for instance in made}
     order = sorted(steps, key=lambda instance_id: steps[instance_id]["dormant"])
     assert order[-1] == busy["id"]
     for one, next_one in itertools.pairwise(order):
         assert steps[one]["ready"] < steps[next_one]["dormant"], "one leaves once the other has arrived"
-    wait_until(lambda: bodies_on(engines["a"], service) == set(), what="nothing is left on the drained node")
+    wait_until(lambda: bodies_on(two_engines["a"], service) == set(), what="nothing is left on the drained node")

@@ -17,7 +17,7 @@ from tests.conftest import StartService
 from tests.support.browsing import new_page
 from tests.support.containers import execute
 from tests.support.engines import Engine
-from tests.support.s3_server import S3Server
+from tests.support.s3_server import S3Server, s3_server
 from tests.support.service import COMMAND, Service
 from tests.support.watched import wait_until
 
@@ -28,16 +28,8 @@ SECRET = "very-secret-and-in-the-profile"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    server = S3Server(tmp_path_factory.mktemp("s3"))
-    server.start()
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.delenv("AWS_PROFILE", raising=False)
-            for name, value in server.environment.items():
-                patch.setenv(name, value)
-            yield server
-    finally:
-        server.stop()
+    with s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +117,7 @@ def test_sleepers_wake_from_the_bucket_while_their_node_is_lost_and_after_it_was
             snapshot_store=server.url("lost"),
             snapshot_keys=str(keys.path),
             heartbeat_s=0.5,
-            node_timeout_s=1,
+            node_timeout_s=2,
             offline_after_misses=2,
         )
         sleepers = [service.create(config=SMALL, node_preference="a")["id"] for _ in range(2)]
@@ -135,13 +127,13 @@ def test_sleepers_wake_from_the_bucket_while_their_node_is_lost_and_after_it_was
             execute(container, "sh", "-c", f"echo {instance_id} > /opt/changed", user="0")
             assert service.post(f"{instance_id}/dormant").json()["status"] == "dormant"
         lost.kill()
-        wait_until(lambda: service.http.get("/v2/nodes/a").json()["status"] == "offline", what="its node is offline")
+        service.wait_for_node("a", "offline")
 
         for instance_id in sleepers:
             woken = service.post(f"{instance_id}/revive", method="quick_start").json()
             assert (woken["status"], woken["node_id"], woken["restored_by"]) == ("running", "b", "full_restore"), woken
             assert "no copy" in woken["restore_note"]
-            events = service.http.get(f"/v2/instances/{instance_id}/events").json()
+            events = service.events_of(instance_id)
             assert any(woken["restore_note"] in each["message"] for each in events if each["kind"] == "restored")
             container = other.client().containers.get(service.container_name(instance_id))
             for path in ("/home/machine/note", "/opt/changed"):

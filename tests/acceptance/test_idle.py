@@ -56,7 +56,7 @@ def do_until(service: Service, instance_id: str, status: str, *, what: Callable[
 
 
 def kinds_of(service: Service, instance_id: str) -> list[str]:
-    return [event["kind"] for event in service.http.get(f"/v2/instances/{instance_id}/events").json()]
+    return [event["kind"] for event in service.events_of(instance_id)]
 
 
 def ask_about(service: Service, instance: Mapping[str, Any]) -> None:
@@ -87,7 +87,7 @@ def test_after_its_timeout_an_idle_browser_is_dormant_unless_it_may_not(
     sleeper, stayer = instances["sleeper"], instances["stayer"]
     dormant = service.wait_for(sleeper["id"], "dormant")
     assert (dormant["debug_port"], dormant["snapshots"][0]["state"]) == (None, "verified")
-    events = service.http.get(f"/v2/instances/{sleeper['id']}/events").json()
+    events = service.events_of(sleeper["id"])
     assert [event["message"] for event in events if event["kind"] == "dormant"] == ["idle for 1 minute"]
     kinds = [event["kind"] for event in events]
     assert kinds.index("idle") < kinds.index("dormant") < kinds.index("slept")

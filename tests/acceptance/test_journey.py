@@ -27,6 +27,5 @@ def test_a_created_browser_is_real_shown_and_a_resource(service: Service) -> Non
 
 def test_a_plain_preview_of_an_untouched_cluster_shows_no_changes(service: Service) -> None:
     instance = service.create()
-    done = service.pulumi("preview", "--stack", service.cluster, "--expect-no-changes")
-    assert done.returncode == 0, done.stdout + done.stderr
+    service.assert_unchanged()
     assert service.get(instance["id"])["status"] == "running"

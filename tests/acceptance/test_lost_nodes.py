@@ -6,15 +6,15 @@ Two real engines on machines of their own; seconds stand for minutes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Any
 
 import docker
-import httpx
 import pytest
 
+from tests.support.browsing import version_of
 from tests.support.containers import execute
 from tests.support.engines import Engine
 from tests.support.service import Service
@@ -25,29 +25,16 @@ NOTE = "/home/machine/note"
 
 
 @pytest.fixture(scope="module")
-def engines() -> Iterator[Mapping[str, Engine]]:
-    with Engine() as a, Engine() as b:
-        yield {"a": a, "b": b}
-
-
-@pytest.fixture(scope="module")
-def service(start_service: Callable[..., Service], engines: Mapping[str, Engine]) -> Service:
+def service(start_service: Callable[..., Service], two_engines: Mapping[str, Engine]) -> Service:
     return start_service(
-        nodes=[engine.node(node_id) for node_id, engine in engines.items()],
+        nodes=[engine.node(node_id) for node_id, engine in two_engines.items()],
         cluster_fields={"offline": {"action": "move", "after_minutes": 1}, "snapshot_every_minutes": 1},
         minute_s=3,
         idle_check_s=0.3,
         heartbeat_s=0.5,
-        node_timeout_s=1,
+        node_timeout_s=2,
         offline_after_misses=2,
     )
-
-
-def await_node(service: Service, node_id: str, status: str) -> None:
-    def found() -> bool:
-        return bool(service.http.get(f"/v2/nodes/{node_id}").json()["status"] == status)
-
-    wait_until(found, what=f"node {node_id} is {status}")
 
 
 def names_on(engine: Engine, *, service: Service, instance_id: str) -> list[str]:
@@ -67,7 +54,7 @@ def await_live_snapshot(service: Service, instance: dict[str, Any], *, after: fl
     """Use the browser until a snapshot has been taken of it, while it runs, that began after that moment."""
 
     def found() -> bool:
-        httpx.get(f"{instance['urls']['debug']}/json/version")
+        version_of(instance)
         snapshots = service.get(instance["id"])["snapshots"]
         return any(
             s["live"] and s["state"] == "verified" and datetime.fromisoformat(s["created_at"]).timestamp() > after
@@ -78,15 +65,14 @@ def await_live_snapshot(service: Service, instance: dict[str, Any], *, after: fl
 
 
 def events_of(service: Service, instance_id: str) -> dict[str, str]:
-    events = service.http.get(f"/v2/instances/{instance_id}/events").json()
-    return {event["kind"]: event["message"] for event in events}
+    return {event["kind"]: event["message"] for event in service.events_of(instance_id)}
 
 
 @pytest.mark.parametrize("how", ["kill", "freeze"])
 def test_an_instance_of_a_lost_node_runs_elsewhere_and_only_there(
-    service: Service, engines: Mapping[str, Engine], how: str
+    service: Service, two_engines: Mapping[str, Engine], how: str
 ) -> None:
-    lost, other = engines["a"], engines["b"]
+    lost, other = two_engines["a"], two_engines["b"]
     moved = service.create(config=SMALL, node_preference="a")
     assert moved["node_id"] == "a"
     run(lost, service, moved["id"], "sh", "-c", f"echo kept > {NOTE}")
@@ -95,7 +81,7 @@ def test_an_instance_of_a_lost_node_runs_elsewhere_and_only_there(
 
     getattr(lost, how)()
     try:
-        await_node(service, "a", "offline")
+        service.wait_for_node("a", "offline")
         # Nobody else is held up by it.
         with ThreadPoolExecutor(2) as pool:
             created = list(pool.map(lambda _: service.create(config=SMALL), range(2)))
@@ -109,11 +95,11 @@ def test_an_instance_of_a_lost_node_runs_elsewhere_and_only_there(
         assert "what it did after that is lost" in there["restore_note"]
         assert "has not answered" in events_of(service, moved["id"])["move"]
         assert run(other, service, moved["id"], "cat", NOTE) == "kept\n"
-        assert "browser" in httpx.get(f"{there['urls']['debug']}/json/version").text.lower()
+        assert "Chrome" in version_of(there)["Browser"]
     finally:
         lost.start() if how == "kill" else lost.thaw()
 
-    await_node(service, "a", "online")
+    service.wait_for_node("a", "online")
     wait_until(lambda: names_on(lost, service=service, instance_id=moved["id"]) == [], what="nothing is left of it")
     assert service.get(moved["id"])["node_id"] == "b"
     assert run(other, service, moved["id"], "cat", NOTE) == "kept\n"
@@ -129,22 +115,23 @@ def test_an_instance_of_a_lost_node_runs_elsewhere_and_only_there(
         run(other, service, moved["id"], "true")
 
 
-def test_a_sleeper_of_a_lost_node_wakes_elsewhere_and_says_how(service: Service, engines: Mapping[str, Engine]) -> None:
+def test_a_sleeper_of_a_lost_node_wakes_elsewhere_and_says_how(
+    service: Service, two_engines: Mapping[str, Engine]
+) -> None:
+    lost, other = two_engines["a"], two_engines["b"]
     sleeper = service.create(config=SMALL, node_preference="a")
-    run(engines["a"], service, sleeper["id"], "sh", "-c", f"echo kept > {NOTE}")
+    run(lost, service, sleeper["id"], "sh", "-c", f"echo kept > {NOTE}")
     assert service.post(f"{sleeper['id']}/dormant").json()["status"] == "dormant"
-    engines["a"].kill()
+    lost.kill()
     try:
-        await_node(service, "a", "offline")
+        service.wait_for_node("a", "offline")
         woken = service.post(f"{sleeper['id']}/revive", method="quick_start").json()
         assert (woken["status"], woken["node_id"], woken["restored_by"]) == ("running", "b", "full_restore"), woken
         assert "no copy" in woken["restore_note"]
         assert woken["restore_note"] in events_of(service, sleeper["id"])["restored"]
-        assert run(engines["b"], service, sleeper["id"], "cat", NOTE) == "kept\n"
+        assert run(other, service, sleeper["id"], "cat", NOTE) == "kept\n"
         assert service.delete(sleeper["id"]).status_code == 200
     finally:
-        engines["a"].start()
-    await_node(service, "a", "online")
-    wait_until(
-        lambda: names_on(engines["a"], service=service, instance_id=sleeper["id"]) == [], what="its copy is gone too"
-    )
+        lost.start()
+    service.wait_for_node("a", "online")
+    wait_until(lambda: names_on(lost, service=service, instance_id=sleeper["id"]) == [], what="its copy is gone too")

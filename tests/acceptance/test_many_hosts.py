@@ -10,15 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-import httpx
 import pytest
 
 from stacks.spec import BROWSER_IMAGE
+from tests.support.browsing import version_of
 from tests.support.containers import execute
 from tests.support.engines import Engine
 from tests.support.service import Service
 from tests.support.shell_image import shell_image
-from tests.support.watched import wait_until
 
 SMALL = {"memory_gb": 0.5, "cpu_cores": 1}
 T = TypeVar("T")
@@ -47,20 +46,6 @@ def service(start_service: Callable[..., Service], engines: Mapping[str, Engine]
         node_timeout_s=2,
         offline_after_misses=2,
     )
-
-
-def browser_of(instance: Mapping[str, Any], engine: Engine) -> str:
-    answer = httpx.get(f"http://{engine.address}:{instance['debug_port']}/json/version", trust_env=False, timeout=5)
-    answer.raise_for_status()
-    return str(answer.json()["Browser"])
-
-
-def await_node(service: Service, node_id: str, status: str) -> dict[str, Any]:
-    def found() -> dict[str, Any] | None:
-        node: dict[str, Any] = service.http.get(f"/v2/nodes/{node_id}").json()
-        return node if node["status"] == status else None
-
-    return wait_until(found, what=f"{node_id} is {status}")
 
 
 def on_each(do: Callable[[str], T]) -> list[T]:
@@ -95,7 +80,7 @@ def test_an_instance_lives_on_each_machine_and_leaves_nothing_there(
         engine = engines[node_id]
         assert instance["node_id"] == node_id
         assert engine.address in instance["urls"]["debug"]
-        assert "Chrome" in browser_of(instance, engine)
+        assert "Chrome" in version_of(instance)["Browser"]
         container = container_of(instance, engine)
         execute(container, "sh", "-c", f"echo {node_id} > /home/machine/note")
         execute(container, "touch", "/opt/changed", user="0")
@@ -107,14 +92,13 @@ def test_an_instance_lives_on_each_machine_and_leaves_nothing_there(
     for woken in on_each(lambda node: service.post(f"{created[node]['id']}/revive", method=methods[node]).json()):
         engine = engines[woken["node_id"]]
         assert (woken["status"], woken["id"]) == ("running", created[woken["node_id"]]["id"])
-        assert "Chrome" in browser_of(woken, engine)
+        assert "Chrome" in version_of(woken)["Browser"]
         container = container_of(woken, engine)
         assert execute(container, "cat", "/home/machine/note") == f"{woken['node_id']}\n"
         execute(container, "ls", "/opt/changed")
 
     for refresh in ((), ("--refresh",)):
-        done = service.pulumi("preview", "--stack", service.cluster, "--expect-no-changes", *refresh)
-        assert done.returncode == 0, done.stdout + done.stderr
+        service.assert_unchanged(*refresh)
     for deleted in on_each(lambda node: service.delete(created[node]["id"])):
         assert "is deleted" in deleted.json()["message"]
     assert [traces_of(engine, service) for engine in engines.values()] == [[], [], []]
@@ -144,7 +128,7 @@ def test_a_machine_that_is_cut_off_is_offline_and_harms_no_other(
     engines["remote"].unplug()
     try:
         for node_id in ("secured", "remote"):
-            assert "does not answer" in await_node(service, node_id, "offline")["error"]
+            assert "does not answer" in service.wait_for_node(node_id, "offline")["error"]
         created = service.create(config=SMALL)
         assert (created["status"], created["node_id"]) == ("running", "near")
         assert service.delete(created["id"]).status_code == 200
@@ -152,7 +136,7 @@ def test_a_machine_that_is_cut_off_is_offline_and_harms_no_other(
         engines["secured"].plug()
         engines["remote"].plug()
     for node_id in ("secured", "remote"):
-        assert await_node(service, node_id, "online")["error"] is None
+        assert service.wait_for_node(node_id, "online")["error"] is None
 
 
 def test_a_node_that_does_not_let_us_in_says_why(
@@ -175,7 +159,7 @@ def test_a_node_that_does_not_let_us_in_says_why(
         assert "could not be applied" not in service.log()  # nothing of theirs is in the first update
         listed = service.machineuse("node", "list").stdout.splitlines()
         for node_id in together:
-            node = service.http.get(f"/v2/nodes/{node_id}").json()
+            node = service.node(node_id)
             assert node["status"] == "offline"
             assert expected[node_id][1] in node["error"]
             assert f"{node_id}: {node['error']}" in listed

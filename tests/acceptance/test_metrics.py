@@ -94,6 +94,6 @@ def test_an_instances_use_is_shown_with_it_and_a_busy_page_is_seen(service: Serv
     quiet = wait_until(lambda: found if (found := use()["cpu_percent"]) < 25 else None, what="the browser is at rest")
     with new_page(instance) as page:
         page.evaluate(BUSY)
-        wait_until(lambda: use()["cpu_percent"] > quiet + 20, what="the browser's work is seen", timeout_s=60)
+        wait_until(lambda: use()["cpu_percent"] > quiet + 20, what="the browser's work is seen")
         page.evaluate("busy.terminate()")
     wait_until(lambda: use()["cpu_percent"] < 25, what="the browser is at rest again")

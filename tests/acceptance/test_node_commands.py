@@ -20,7 +20,7 @@ from stacks.spec import BROWSER_IMAGE
 from tests.support.engine_proxy import EngineProxy
 from tests.support.engines import Engine
 from tests.support.service import Service
-from tests.support.watched import wait_until
+from tests.support.watched import wait_until as until
 
 SMALL = {"memory_gb": 0.5, "cpu_cores": 1}
 B = "b"
@@ -67,10 +67,6 @@ def refused(service: Service, *arguments: str) -> str:
     return said[0]
 
 
-def until(find: Callable[[], object], *, timeout_s: float = 30) -> None:
-    wait_until(find, timeout_s=timeout_s)
-
-
 def nodes_of(service: Service) -> dict[str, str]:
     answer = service.http.get("/v2/nodes")
     assert answer.status_code == 200, answer.text
@@ -102,11 +98,6 @@ def volumes_of(service: Service, engine: Engine) -> list[str]:
     return [volume.name for volume in found]
 
 
-def assert_unchanged(service: Service) -> None:
-    done = service.pulumi("preview", "--stack", service.cluster, "--expect-no-changes")
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def on_b(service: Service) -> dict[str, Any]:
     instance = service.create(config=SMALL, node_preference=B)
     assert instance["node_id"] == B
@@ -130,7 +121,7 @@ def test_dormant_instances_outlive_their_node(service: Service, engine: Engine) 
     try:
         asleep = service.get(woken)
         assert (asleep["status"], asleep["node_status"]) == ("dormant", "offline")
-        assert_unchanged(service)
+        service.assert_unchanged()
         revived = service.post(f"{woken}/revive").json()
         assert (revived["status"], revived["node_id"]) == ("running", "local")
         assert revived["restored_by"] == "full_restore"
@@ -196,7 +187,7 @@ def test_a_nodes_host_may_change_to_another_way_to_the_same_engine_only(service:
         file_of(service).write_text(before.replace(engine.url, proxy.url))
         until(lambda: any(f"host is {proxy.url}" in message for _, message in events_of(service)))
         until(lambda: proxy.url in service.pulumi("stack", "export", "--stack", service.cluster).stdout)
-        assert_unchanged(service)
+        service.assert_unchanged()
         assert service.get(resident)["status"] == "running"
         file_of(service).write_text(before)
         until(lambda: f"host is {engine.url}" in events_of(service)[-1][1])
@@ -225,17 +216,17 @@ def test_a_new_node_gets_the_catalogues_images_and_no_node_leaves_anything_to_pr
         run(service, *arguments, "--cert-path", str(bare.cert_path))
         until(lambda: f"bare-image-{BROWSER_IMAGE}" in names_in_stack(service), timeout_s=180)
         assert bare.client().images.list(BROWSER_IMAGE)
-        assert_unchanged(service)
+        service.assert_unchanged()
         copied = [message for kind, message in events_of(service) if kind == "copy" and BROWSER_IMAGE in message]
         assert copied[0].startswith(f"copying {BROWSER_IMAGE} from ")
         assert any(" MB copied of " in message for message in copied)
         for command in ("cordon", "uncordon"):
             run(service, command, "bare")
             until(lambda: events_of(service)[-1][0] == "node_changed")
-            assert_unchanged(service)
+            service.assert_unchanged()
         run(service, "remove", "bare")
         until(lambda: not any("bare" in name for name in names_in_stack(service)))
-        assert_unchanged(service)
+        service.assert_unchanged()
 
 
 def test_a_node_with_instances_is_drained_before_it_is_removed(service: Service, node_b: str) -> None:
@@ -263,7 +254,7 @@ def test_an_operators_update_of_an_edited_file_and_the_services_own_agree(servic
     assert done.returncode == 0, done.stdout + done.stderr
     until(lambda: nodes_of(service).get(B) == "online")
     instance = on_b(service)
-    assert_unchanged(service)
+    service.assert_unchanged()
     service.delete(instance["id"])
     file_of(service).write_text(before)
     done = service.pulumi("up", "--yes", "--skip-preview", "--stack", service.cluster)
@@ -335,7 +326,7 @@ def test_a_node_that_is_gone_for_good_is_given_up(service: Service, engine: Engi
     assert "stays on its disk" in run(service, "remove", B, "--force", "--yes")
     service.wait_for(kept, "dormant")
     until(lambda: service.http.get(f"/v2/instances/{lost}").status_code == 404)
-    until(lambda: nodes_of(service) == {"local": "online"}, timeout_s=60)
+    until(lambda: nodes_of(service) == {"local": "online"})
     until(lambda: not urns_of_b(service))
     woken = service.post(f"{kept}/revive").json()
     assert (woken["status"], woken["node_id"]) == ("running", "local")

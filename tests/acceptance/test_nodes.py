@@ -31,7 +31,7 @@ def settings_for(engine: EngineProxy) -> dict[str, Any]:
     return {
         "node": {"host": engine.url, "labels": {"zone": "b"}},
         "heartbeat_s": 0.3,
-        "node_timeout_s": 1,
+        "node_timeout_s": 2,
         "offline_after_misses": 2,
     }
 
@@ -50,22 +50,7 @@ def instance(service: Service) -> dict[str, Any]:
 def _engine_back(service: Service, engine: EngineProxy) -> Iterator[None]:
     yield
     engine.restore()
-    await_node(service, "online")
-
-
-def node_of(service: Service) -> dict[str, Any]:
-    answer = service.http.get("/v2/nodes/local")
-    assert answer.status_code == 200, answer.text
-    node: dict[str, Any] = answer.json()
-    return node
-
-
-def await_node(service: Service, status: str) -> dict[str, Any]:
-    def found() -> dict[str, Any] | None:
-        node = node_of(service)
-        return node if node["status"] == status else None
-
-    return wait_until(found, what=f"the node is {status}")
+    service.wait_for_node("local", "online")
 
 
 def traces_of(service: Service, instance_id: str) -> list[str]:
@@ -82,7 +67,7 @@ def traces_of(service: Service, instance_id: str) -> list[str]:
 def test_a_node_tells_what_it_has_and_how_much_of_it_is_used(service: Service, instance: dict[str, Any]) -> None:
     nodes = service.http.get("/v2/nodes").json()["nodes"]
     assert [node["id"] for node in nodes] == ["local"]
-    node = node_of(service)
+    node = service.node()
     assert node["status"] == "online"
     assert node["error"] is None
     assert (node["instances_count"], node["max_instances"]) == (1, 50)
@@ -94,7 +79,7 @@ def test_a_node_tells_what_it_has_and_how_much_of_it_is_used(service: Service, i
     assert used["disk_percent"] == pytest.approx(100 * disk.used / disk.total, abs=5)
     assert 0 < used["memory_percent"] <= 100
     assert 0 <= used["cpu_percent"] <= 100
-    wait_until(lambda: node_of(service)["resources"]["cpu_percent"] > 0, what="the CPU is seen at work")
+    wait_until(lambda: service.node()["resources"]["cpu_percent"] > 0, what="the CPU is seen at work")
     assert service.http.get("/v2/nodes/nowhere").status_code == 404
     assert instance["node_status"] == "online"
 
@@ -102,17 +87,17 @@ def test_a_node_tells_what_it_has_and_how_much_of_it_is_used(service: Service, i
 def test_an_instance_goes_to_a_node_with_the_labels_that_it_asks_for(service: Service) -> None:
     engine = service.docker.info()
     arch = {"x86_64": "amd64", "aarch64": "arm64"}.get(engine["Architecture"], engine["Architecture"])
-    node = node_of(service)
+    node = service.node()
     assert node["labels"] == {"zone": "b", "arch": arch, "os": engine["OSType"]}
     before = node["reserved"]
 
     asked = {"zone": "b", "arch": arch}
     created = service.create(config=SMALL, node_labels=asked, node_preference="local", node_strict=True)
     assert (created["status"], created["node_id"], created["node_labels"]) == ("running", "local", asked)
-    reserved = node_of(service)["reserved"]
+    reserved = service.node()["reserved"]
     assert reserved["memory_gb"] - before["memory_gb"] == SMALL["memory_gb"]
     assert service.delete(created["id"]).status_code == 200
-    assert node_of(service)["reserved"] == before
+    assert service.node()["reserved"] == before
 
     refused = service.http.post("/v2/instances", json={"config": SMALL, "node_labels": {"zone": "b", "gpu": "yes"}})
     assert refused.status_code == 503
@@ -121,7 +106,7 @@ def test_an_instance_goes_to_a_node_with_the_labels_that_it_asks_for(service: Se
 
 def test_heartbeats_follow_each_other(service: Service) -> None:
     def last() -> datetime:
-        return datetime.fromisoformat(node_of(service)["last_heartbeat"])
+        return datetime.fromisoformat(service.node()["last_heartbeat"])
 
     first = last()
     second = wait_until(lambda: last() if last() > first else None, what="a second heartbeat")
@@ -134,18 +119,18 @@ def test_a_node_that_does_not_answer_is_offline_and_comes_back_by_itself(
 ) -> None:
     started_at = service.container(instance["id"]).attrs["State"]["StartedAt"]
     getattr(engine, how)()
-    gone = await_node(service, "offline")
+    gone = service.wait_for_node("local", "offline")
     assert "does not answer" in gone["error"]
     assert gone["last_heartbeat"] is not None
     assert gone["resources"] == {"cpu_percent": 0, "memory_percent": 0, "disk_percent": 0}
     # What it knew last stays: the time of the last heartbeat, and what its instances were.
-    assert node_of(service)["last_heartbeat"] == gone["last_heartbeat"]
+    assert service.node()["last_heartbeat"] == gone["last_heartbeat"]
     shown = service.get(instance["id"])
     assert (shown["node_status"], shown["status"]) == ("offline", "running")
     assert service.http.get("/health").json()["nodes_online"] == 0
 
     engine.restore()
-    back = await_node(service, "online")
+    back = service.wait_for_node("local", "online")
     assert back["error"] is None
     assert datetime.fromisoformat(back["last_heartbeat"]) > datetime.fromisoformat(gone["last_heartbeat"])
     shown = service.get(instance["id"])
@@ -155,7 +140,7 @@ def test_a_node_that_does_not_answer_is_offline_and_comes_back_by_itself(
 
 def test_while_its_only_node_is_offline_a_create_is_refused_and_says_so(service: Service, engine: EngineProxy) -> None:
     engine.freeze()
-    await_node(service, "offline")
+    service.wait_for_node("local", "offline")
     for image in ("ubuntu:22.04", "an-image-that-nobody-asked-for-yet"):
         answer = service.http.post("/v2/instances", json={"image": image, "config": SMALL})
         assert answer.status_code == 503, answer.text
@@ -174,13 +159,13 @@ def test_an_instance_whose_node_is_away_can_not_go_dormant_and_loses_nothing(
 ) -> None:
     execute(service.container(instance["id"]), "sh", "-c", "echo kept > /home/machine/note")
     engine.freeze()
-    await_node(service, "offline")
+    service.wait_for_node("local", "offline")
     answer = service.post(f"{instance['id']}/dormant")
     assert (answer.status_code, answer.json()["code"]) == (409, "snapshot_failed")
     assert "does not answer" in answer.json()["detail"]
 
     engine.restore()
-    await_node(service, "online")
+    service.wait_for_node("local", "online")
     shown = service.get(instance["id"])
     assert (shown["status"], shown["operation"], shown["error"]) == ("running", None, None)
     assert execute(service.container(instance["id"]), "cat", "/home/machine/note") == "kept\n"
@@ -207,7 +192,7 @@ def test_a_forced_delete_leaves_nothing_of_a_revived_instance_either(
 
 
 def assert_deleted_and_cleaned_up(service: Service, engine: EngineProxy, instance_id: str) -> None:
-    await_node(service, "offline")
+    service.wait_for_node("local", "offline")
     gone = service.delete(instance_id, force=True, wait_s=20)
     assert (gone.status_code, gone.json()) == (200, {"message": f"Instance {instance_id} is deleted."})
     assert service.http.get(f"/v2/instances/{instance_id}").status_code == 404
@@ -215,7 +200,7 @@ def assert_deleted_and_cleaned_up(service: Service, engine: EngineProxy, instanc
     assert traces_of(service, instance_id) != []
 
     engine.restore()
-    await_node(service, "online")
+    service.wait_for_node("local", "online")
     wait_until(lambda: traces_of(service, instance_id) == [], what="nothing is left of it")
 
 
@@ -224,16 +209,16 @@ def test_a_service_that_starts_while_its_node_is_away_works_once_that_is_back(
 ) -> None:
     engine.refuse()
     service = start_service(**settings_for(engine))
-    assert node_of(service)["last_heartbeat"] is None
+    assert service.node()["last_heartbeat"] is None
     assert service.http.post("/v2/instances", json={"config": SMALL}).status_code == 503
     engine.restore()
-    await_node(service, "online")
+    service.wait_for_node("local", "online")
     created = service.create(config=SMALL)
     assert (created["status"], created["error"]) == ("running", None)
 
     # And a delete that has to wait for its node does not wait longer than for that.
     engine.refuse()
-    await_node(service, "offline")
+    service.wait_for_node("local", "offline")
     waiting = service.delete(created["id"], wait_s=1)
     assert (waiting.status_code, waiting.json()) == (200, {"message": f"Instance {created['id']} is being deleted."})
     assert service.get(created["id"])["node_status"] == "offline"

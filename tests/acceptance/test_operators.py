@@ -32,10 +32,8 @@ def test_a_preview_of_an_untouched_cluster_shows_no_changes(
     assert service.post(f"{woken['id']}/revive").json()["status"] == "running"
     if not running:
         service.stop()
-    done = service.pulumi("preview", "--stack", service.cluster, "--expect-no-changes")
-    assert done.returncode == 0, said(done)
-    refreshed = service.pulumi("preview", "--stack", service.cluster, "--expect-no-changes", "--refresh")
-    assert refreshed.returncode == 0, said(refreshed)
+    service.assert_unchanged()
+    service.assert_unchanged("--refresh")
 
 
 def test_an_operators_update_and_the_service_wait_for_each_other(service: Service) -> None:

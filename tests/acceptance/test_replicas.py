@@ -81,8 +81,7 @@ def last_cli(service: Service, *, leader: str) -> object:
 def everything_is_as_the_ledger_says(service: Service) -> None:
     listed = sorted(i["id"] for i in service.http.get("/v2/instances").json()["instances"])
     assert owned(service) == listed
-    done = service.pulumi("preview", "--stack", service.cluster, "--expect-no-changes")
-    assert done.returncode == 0, done.stdout + done.stderr
+    service.assert_unchanged()
 
 
 def test_both_answer_and_see_what_the_other_does(leading: tuple[Service, Service], image: str) -> None:
@@ -125,7 +124,7 @@ def test_a_leader_that_is_frozen_is_followed_by_the_other_and_follows_when_it_th
     try:
         wait_until(lambda: follower.health()["leading"], what="the other leads")
         for instance_id in begun:
-            follower.wait_for(instance_id, "running", timeout_s=60)
+            follower.wait_for(instance_id, "running")
         assert follower.create(image=image, config=SMALL)["status"] == "running"
         before, last = len(leader.events()), last_cli(follower, leader=thawing)
     finally:
@@ -150,7 +149,7 @@ def test_when_the_leader_is_killed_the_other_takes_over_and_every_create_has_its
         wait_until(lambda: {*accepted} & {*owned(leader)}, what="an update under way")
         leader.kill()
         waiting += [pool.submit(follower.create, wait_s=90, **small) for _ in range(3)]
-        wait_until(lambda: follower.health()["leading"], what="the other leads", timeout_s=15)
+        wait_until(lambda: follower.health()["leading"], what="the other leads")
         assert [call.result()["status"] for call in waiting] == ["running"] * 6
     for instance_id in accepted:
         assert follower.wait_for(instance_id, "running", timeout_s=90)["id"] == instance_id
@@ -160,14 +159,14 @@ def test_when_the_leader_is_killed_the_other_takes_over_and_every_create_has_its
     assert leader.get(accepted[0])["status"] == "running"
     for known in leader.http.get("/v2/instances").json()["instances"]:
         leader.delete(known["id"], force=True, wait_s=0)
-    wait_until(lambda: not owned(leader), what="nothing left", timeout_s=60)
+    wait_until(lambda: not owned(leader), what="nothing left")
 
 
 @pytest.mark.parametrize("pair", ["sqlite"], indirect=True)
 def test_a_clean_stop_hands_over_at_once(leading: tuple[Service, Service], image: str) -> None:
     leader, follower = leading
     assert leader.stop() == 0
-    wait_until(lambda: follower.health()["leading"], what="the other leads", timeout_s=15)
+    wait_until(lambda: follower.health()["leading"], what="the other leads")
     assert follower.create(image=image, config=SMALL)["status"] == "running"
     leader.start()
     assert not leader.health()["leading"]

@@ -63,8 +63,8 @@ def test_a_container_that_somebody_removed_is_made_again_with_its_home(service: 
     container = service.container(instance["id"])
     execute(container, "sh", "-c", "echo kept > /home/machine/note")
     container.remove(force=True)
-    service.wait_for(instance["id"], "creating", timeout_s=60)
-    service.wait_for(instance["id"], "running", timeout_s=60)
+    service.wait_for(instance["id"], "creating")
+    service.wait_for(instance["id"], "running")
     assert execute(service.container(instance["id"]), "cat", "/home/machine/note") == "kept\n"
 
 
@@ -97,8 +97,7 @@ def test_a_lost_pulumi_state_is_made_again_from_the_ledger(service: Service) -> 
     service.stop()
     shutil.rmtree(service.settings.state_dir)
     service.start()
-    done = service.pulumi("preview", "--stack", service.cluster, "--expect-no-changes")
-    assert done.returncode == 0, done.stdout + done.stderr
+    service.assert_unchanged()
     assert service.container(plain["id"]).attrs["State"]["StartedAt"] == started_at
     assert execute(service.container(woken["id"]), "cat", "/home/machine/note") == "kept\n"
     assert service.post(f"{sleeper['id']}/revive").json()["status"] == "running"

@@ -233,7 +233,7 @@ def test_a_quick_start_without_a_copy_restores_the_archive_and_says_so(
     revived = revive(service, instance)  # a quick start is what is done unless something else is asked for
     assert revived["restored_by"] == "full_restore"
     assert "no copy" in revived["restore_note"]
-    events = service.http.get(f"/v2/instances/{instance['id']}/events").json()
+    events = service.events_of(instance["id"])
     told = [event["message"] for event in events if event["kind"] == "restored"]
     assert told[-1] == f"restored by full_restore: {revived['restore_note']}"
     assert_all_there(service, revived)

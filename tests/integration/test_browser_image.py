@@ -20,6 +20,7 @@ from playwright.sync_api import Browser, Page, Playwright, sync_playwright
 
 from provisioner.browser_image import BASE_LABEL, CHROMIUM_LABEL, CONTENT_LABEL, ensure_browser_image
 from stacks.spec import BROWSER_IMAGE, CDP_PORT, SECCOMP_PROFILE, STREAM_PORT
+from tests.support.watched import PATIENCE_S
 
 RUN = f"test-{secrets.token_hex(4)}"
 ENGINE = docker.from_env()
@@ -30,7 +31,7 @@ PAGE = """<!doctype html><meta charset="utf-8"><title>Test page</title>
  onclick="w = open('about:blank', '', 'width=500,height=300'); w.document.title = 'A popup'">popup</button>"""
 
 
-def until(condition: Callable[[], Any], *, within_s: float = 30, what: str = "condition") -> Any:
+def until(condition: Callable[[], Any], *, within_s: float = PATIENCE_S, what: str = "condition") -> Any:
     """Poll until the condition holds; return what it returned."""
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
@@ -76,7 +77,9 @@ class Machine:
         return str(next(iter(networks.values()))["IPAddress"])
 
     def status(self, door: str | None = None) -> dict[str, Any]:
-        answer: dict[str, Any] = httpx.get(f"{door or self.cdp}/machineuse/status").raise_for_status().json()
+        answer: dict[str, Any] = (
+            httpx.get(f"{door or self.cdp}/machineuse/status", timeout=30).raise_for_status().json()
+        )
         return answer
 
     def run(self, command: str) -> str:

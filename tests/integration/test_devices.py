@@ -16,7 +16,7 @@ from provisioner.errors import CloudConflict, CloudError
 from provisioner.volumes.devices import NodeDevices
 from stacks.names import CLUSTER_LABEL
 from stacks.spec import BROWSER_IMAGE
-from tests.support.ebs import LINKS, can_attach
+from tests.support.ebs import LINKS, can_attach, link_to
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0 or not can_attach(), reason="needs root and loop devices")
 
@@ -34,7 +34,7 @@ class Disk:
         self.volume_id = f"vol-{secrets.token_hex(8)}"
         self.file = file
         self.device = ""
-        self.link = LINKS / f"nvme-Amazon_Elastic_Block_Store_{self.volume_id.replace('-', '')}"
+        self.link = link_to(self.volume_id)
         self.resize(1 << 30)
 
     def resize(self, size: int) -> None:
@@ -90,8 +90,11 @@ def test_a_device_of_the_right_size_under_the_name_that_was_asked_for_is_not_tak
 ) -> None:
     """On a machine that is not the volume's, that name and size are another volume's."""
     named = [Path("/dev/xvdf"), Path("/dev/sdf")]
-    if any(path.exists() or path.is_symlink() for path in named):
-        pytest.skip("this machine has such a disk")
+    for path in named:
+        if path.is_symlink() and path.readlink().name.startswith("loop"):
+            path.unlink()  # a run of this test was cut off
+        elif path.exists():
+            pytest.skip("this machine has such a disk")
     disk.link.unlink()
     for path in named:
         path.symlink_to(disk.device)

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import tempfile
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from provisioner.docker_hosts.hosts import DockerHosts
-from provisioner.errors import NodeUnreachable
 from provisioner.health import NodeHealth
 from provisioner.ledger.instances import Update
 from provisioner.ledger.records import NodeStatus, SnapshotRecord, SnapshotState
@@ -23,6 +16,7 @@ from provisioner.repair import Repair
 from provisioner.states import Status, Wanted
 from stacks.names import CONTAINER_TYPE, VOLUME_TYPE
 from stacks.spec import BROWSER_IMAGE
+from tests.support.engines import Engine
 from tests.support.watched import SLEEPER, Watched, wait_until
 
 AWAITED = {"status": Status.CREATING, "settled_generation": 0}
@@ -36,62 +30,6 @@ def watched(tmp_path: Path) -> Iterator[Watched]:
 
 
 # ---- nodes
-
-
-@dataclass(frozen=True)
-class SecondEngine:
-    url: str
-    pid: int
-
-    def freeze(self) -> None:
-        os.kill(self.pid, signal.SIGSTOP)
-
-    def thaw(self) -> None:
-        os.kill(self.pid, signal.SIGCONT)
-
-
-@pytest.fixture
-def second_engine() -> Iterator[SecondEngine]:
-    """Run another Docker engine that may be frozen.
-
-    In a network namespace of its own: an engine with `--bridge=none` deletes the `docker0` that it sees, and the one of
-    this machine belongs to the engine that everything else runs on.
-    """
-    # Not pytest's directory: the path of a socket must be short.
-    with tempfile.TemporaryDirectory(prefix="mu-", ignore_cleanup_errors=True) as name:
-        directory = Path(name)
-        url = f"unix://{directory}/docker.sock"
-        with (directory / "log").open("wb") as log:
-            process = subprocess.Popen(
-                [
-                    *("unshare", "--net", "dockerd", f"--host={url}", f"--pidfile={directory}/pid"),
-                    *(f"--data-root={directory}/data", f"--exec-root={directory}/exec"),
-                    *("--bridge=none", "--iptables=false", "--ip6tables=false"),
-                    *(
-                        "--containerd-namespace=machineuse-test",
-                        "--containerd-plugins-namespace=machineuse-test-plugins",
-                    ),
-                ],
-                stdout=log,
-                stderr=log,
-            )
-
-        def answers() -> bool:
-            assert process.poll() is None, (directory / "log").read_text()
-            hosts = DockerHosts(timeout_s=2)
-            try:
-                hosts.get(url).ping()
-            except NodeUnreachable:
-                return False
-            finally:
-                hosts.close()
-            return True
-
-        wait_until(answers, what="the second engine answers")
-        yield SecondEngine(url=url, pid=process.pid)
-        process.send_signal(signal.SIGCONT)
-        process.terminate()
-        process.wait(timeout=30)
 
 
 def test_a_node_that_answers_is_online_with_what_it_has(watched: Watched) -> None:
@@ -113,14 +51,20 @@ def test_a_node_that_answers_is_online_with_what_it_has(watched: Watched) -> Non
     assert watched.docker.volumes.list(filters={"label": f"machineuse.cluster={watched.cluster.name}"}) == []
 
 
-def test_a_frozen_node_goes_offline_and_comes_back_by_itself(tmp_path: Path, second_engine: SecondEngine) -> None:
-    watched = Watched(tmp_path, url=second_engine.url, node_timeout_s=0.3, heartbeat_s=0.1, offline_after_misses=2)
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    with Engine(browser_image=False) as engine:
+        yield engine
+
+
+def test_a_frozen_node_goes_offline_and_comes_back_by_itself(tmp_path: Path, engine: Engine) -> None:
+    watched = Watched(tmp_path, url=engine.url, node_timeout_s=2, heartbeat_s=0.1, offline_after_misses=2)
     health = NodeHealth(watched.ledger, settings=watched.settings, **watched.parts())
     try:
         health.beat_once()
         online = watched.ledger.nodes.get("local")
         assert online.status is NodeStatus.ONLINE
-        second_engine.freeze()
+        engine.freeze()
         threads = threading.active_count()
 
         def offline() -> bool:
@@ -133,7 +77,7 @@ def test_a_frozen_node_goes_offline_and_comes_back_by_itself(tmp_path: Path, sec
         assert frozen.last_heartbeat == online.last_heartbeat
         assert "does not answer" in (frozen.error or "")
         health.step()
-        second_engine.thaw()
+        engine.thaw()
 
         def back() -> bool:
             health.step()
@@ -144,7 +88,7 @@ def test_a_frozen_node_goes_offline_and_comes_back_by_itself(tmp_path: Path, sec
         assert len(watched.events("node_offline")) == 1
         assert len(watched.events("node_online")) == 2
     finally:
-        second_engine.thaw()
+        engine.thaw()
         health.close()
         watched.clean_up()
 

@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import tarfile
-import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,27 +32,21 @@ from provisioner.snapshots.store import SnapshotStore, SnapshotWriter, verify_sn
 from provisioner.snapshots.tars import write_part
 from tests.conftest import StartService
 from tests.integration.test_snapshots import FILL, Node
-from tests.support.s3_server import S3Server
+from tests.support.s3_server import S3Server, s3_server
+from tests.support.watched import wait_until
 
 SNAPSHOT = SnapshotId(instance_id="mu-1", generation=1)
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    server = S3Server(tmp_path_factory.mktemp("s3"))
-    server.start()
-    try:
+    with s3_server(tmp_path_factory.mktemp("s3")) as server:
         yield server
-    finally:
-        server.stop()
 
 
 @pytest.fixture
-def bucket(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+def bucket(server: S3Server) -> Iterator[Bucket]:
     """Give the bucket, empty, with its keys in the environment."""
-    monkeypatch.delenv("AWS_PROFILE", raising=False)
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
     bucket = Bucket(parse_s3_url(server.url()))
     yield bucket
     for each in list(bucket.list("")):
@@ -418,10 +411,7 @@ def test_a_server_that_is_away_is_no_missing_snapshot(bucket: Bucket) -> None:
 def test_a_store_that_is_away_keeps_nobody_from_serving(start_service: StartService, bucket: Bucket) -> None:
     del bucket  # only the keys
     service = start_service(snapshot_store="s3://snapshots?endpoint=http://127.0.0.1:1")
-    deadline = time.monotonic() + 60
-    while "can't be reached" not in service.log():
-        assert time.monotonic() < deadline, service.log()
-        time.sleep(0.2)
+    wait_until(lambda: "can't be reached" in service.log(), what="it says so")
 
 
 def test_a_store_that_can_not_be_right_is_refused_at_once() -> None:

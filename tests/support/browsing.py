@@ -6,7 +6,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import httpx
 from playwright.sync_api import Page, sync_playwright
+
+
+def version_of(instance: Mapping[str, Any]) -> dict[str, str]:
+    """Return what an instance's browser says of itself; whoever asks uses it."""
+    answer = httpx.get(f"{instance['urls']['debug']}/json/version", trust_env=False, timeout=60).raise_for_status()
+    version: dict[str, str] = answer.json()
+    return version
 
 
 @contextmanager

@@ -138,15 +138,19 @@ class LoopDisks:
                 disk.truncate(volume.size << 30)
         device = _run("losetup", "--find", "--show", str(file))
         self._devices[volume_id] = device
-        link = LINKS / f"nvme-Amazon_Elastic_Block_Store_{volume_id.replace('-', '')}"
-        link.symlink_to(f"../../{Path(device).name}")
+        link_to(volume_id).symlink_to(f"../../{Path(device).name}")
 
     def _detach(self, volume_id: str) -> None:
-        (LINKS / f"nvme-Amazon_Elastic_Block_Store_{volume_id.replace('-', '')}").unlink(missing_ok=True)
+        link_to(volume_id).unlink(missing_ok=True)
         _run("losetup", "--detach", self._devices.pop(volume_id))
 
     def _file(self, name: str) -> Path:
         return self._root / name
+
+
+def link_to(volume_id: str) -> Path:
+    """Return where udev would link to a volume's device."""
+    return LINKS / f"nvme-Amazon_Elastic_Block_Store_{volume_id.replace('-', '')}"
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -311,13 +311,22 @@ class Engine:
             self._process.kill()  # and the machine with it
             self._process.wait()
         self._process = None
-        # The kernel takes the cable with the last process of the machine; not before it has gone.
+        self._drop_cable()
+
+    def _drop_cable(self) -> None:
+        """Take the cable away. The kernel does that, too, but some time after the last process of the machine."""
         with contextlib.suppress(subprocess.CalledProcessError):
             _ip("link", "delete", self._cable)
 
     def _clear(self) -> None:
-        """Remove the files, socket and cgroups of an engine of this number, ours or one that was killed."""
-        shutil.rmtree(self._directory, ignore_errors=True)
+        """Remove what there is of an engine of this number, ours or one that was killed and may not be quite gone."""
+
+        def is_gone() -> bool:
+            shutil.rmtree(self._directory, ignore_errors=True)
+            return not self._directory.exists()
+
+        _wait(is_gone, what="an engine's files are gone", log=lambda: str(self._directory))
+        self._drop_cable()
         self.socket.unlink(missing_ok=True)
         for root in (*_CGROUPS.glob(self._cgroup), *_CGROUPS.glob(f"*/{self._cgroup}")):  # of versions 2 and 1
             for directory, _, _ in os.walk(root, topdown=False):

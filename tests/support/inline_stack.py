@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -46,6 +47,23 @@ class Run:
         return "\n".join(one["message"] for one in said if one["severity"].startswith("error"))
 
 
+class ProgramServer(LanguageServer):
+    """The SDK's server, which also ends what is left of a program whose resource was refused.
+
+    For each call that fails then the SDK stops its event loop; done while it ends the program's coroutines, that leaves
+    them where they are, to complain when they are collected. Once is enough.
+    """
+
+    def Run(self, request: Any, context: grpc.ServicerContext) -> Any:
+        self._is_stopped = False
+        return super().Run(request, context)  # type: ignore[no-untyped-call]
+
+    def _exception_handler(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if not self._is_stopped:
+            super()._exception_handler(loop, context)  # type: ignore[no-untyped-call]
+        self._is_stopped = True
+
+
 class InlineStack:
     """Set `program`, then `up` or `preview`. Plugins are attached (`debug_providers`) or started from a directory."""
 
@@ -71,7 +89,7 @@ class InlineStack:
         self._environment.pop("PULUMI_CONFIG_PASSPHRASE_FILE", None)
         settings.state_dir.mkdir(parents=True)
         self._server = grpc.server(ThreadPoolExecutor(max_workers=4))
-        servicer = LanguageServer(lambda: self.program())
+        servicer = ProgramServer(lambda: self.program())
         language_pb2_grpc.add_LanguageRuntimeServicer_to_server(servicer, self._server)
         self._port = self._server.add_insecure_port("127.0.0.1:0")
         self._server.start()

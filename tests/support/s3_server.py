@@ -7,10 +7,15 @@ import secrets
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
+import pytest
+
 from provisioner.toolchain.test_tools import versitygw_path
+from tests.support.ports import free_port
 
 
 class S3Server:
@@ -21,7 +26,7 @@ class S3Server:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.access_key, self.secret_key = secrets.token_hex(8), secrets.token_hex(16)
-        self.port = 0
+        self.port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
         (root / "objects" / self.BUCKET).mkdir(parents=True)
         (root / "metadata").mkdir()
@@ -44,13 +49,10 @@ class S3Server:
 
     def start(self) -> None:
         """Start the server and wait until it answers; the port stays the same."""
-        if not self.port:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                self.port = probe.getsockname()[1]
         with (self.root / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 [
+                    *("setpriv", "--pdeathsig", "KILL"),  # it must not outlive a run of the tests that was killed
                     *(versitygw_path(), "--quiet", "--port", f"127.0.0.1:{self.port}"),
                     *("posix", "--sidecar", self.root / "metadata", self.root / "objects"),
                 ],
@@ -58,7 +60,7 @@ class S3Server:
                 stdout=log,
                 stderr=log,
             )
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while True:
             try:
                 socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
@@ -83,3 +85,18 @@ class S3Server:
             for path in bucket.rglob("*")
             if path.is_file() and not path.relative_to(bucket).parts[0].startswith(".")
         )
+
+
+@contextmanager
+def s3_server(root: Path) -> Iterator[S3Server]:
+    """Run a server on an empty directory, with its keys in this process's environment, and no others."""
+    server = S3Server(root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("AWS_PROFILE", raising=False)
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()

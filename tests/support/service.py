@@ -20,6 +20,7 @@ import httpx
 from provisioner.settings import Settings
 from provisioner.toolchain.environment import environment
 from tests.support.ports import free_port
+from tests.support.watched import PATIENCE_S, wait_until
 
 ENGINE = "unix:///var/run/docker.sock"
 STACK_LOCKED = "the stack is currently locked"
@@ -87,7 +88,8 @@ class Service:
         """Start it and wait until it serves."""
         with self.log_path.open("ab") as out:
             self._process = subprocess.Popen(
-                [str(COMMAND), "serve"],
+                # It must not outlive a run of the tests that was killed.
+                ["setpriv", "--pdeathsig", "KILL", str(COMMAND), "serve"],
                 env=self.environment,
                 stdout=out,
                 stderr=out,
@@ -180,7 +182,7 @@ class Service:
             f"/v2/instances/{instance_id}", params={"force": force}, headers={"Prefer": f"wait={wait_s}"}
         )
 
-    def wait_for(self, instance_id: str, status: str, *, timeout_s: float = 30) -> dict[str, Any]:
+    def wait_for(self, instance_id: str, status: str, *, timeout_s: float = PATIENCE_S) -> dict[str, Any]:
         """Wait until an instance has a status; return it."""
         deadline = time.monotonic() + timeout_s
         while True:
@@ -189,6 +191,24 @@ class Service:
                 return instance
             assert time.monotonic() < deadline, f"{instance}\n{self.log()[-4000:]}"
             time.sleep(0.05)
+
+    def events_of(self, instance_id: str) -> list[dict[str, Any]]:
+        """Return what has happened to an instance, as the API tells it."""
+        answer = self.http.get(f"/v2/instances/{instance_id}/events", params={"limit": 1000})
+        events: list[dict[str, Any]] = answer.raise_for_status().json()
+        return events
+
+    def node(self, node_id: str = "local") -> dict[str, Any]:
+        """Return a node."""
+        node: dict[str, Any] = self.http.get(f"/v2/nodes/{node_id}").raise_for_status().json()
+        return node
+
+    def wait_for_node(self, node_id: str, status: str) -> dict[str, Any]:
+        """Wait until a node has a status; return it."""
+        return wait_until(
+            lambda: found if (found := self.node(node_id))["status"] == status else None,
+            what=f"node {node_id} is {status}",
+        )
 
     # ---- looking behind it
 
@@ -220,6 +240,11 @@ class Service:
             timeout=60,
             check=False,
         )
+
+    def assert_unchanged(self, *arguments: str) -> None:
+        """Fail unless an operator's preview shows no changes; `--refresh` asks the nodes, too."""
+        done = self.pulumi("preview", "--stack", self.cluster, "--expect-no-changes", *arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
 
     def health(self) -> dict[str, Any]:
         """Return what it says of itself."""

@@ -46,7 +46,7 @@ class Viewer:
 
     def _expect(self, size: int) -> bytes:
         while len(self._read) < size:
-            self._read += cast(bytes, self._connection.recv(timeout=10))
+            self._read += cast(bytes, self._connection.recv(timeout=60))
         taken, self._read = self._read[:size], self._read[size:]
         return taken
 

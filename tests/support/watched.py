@@ -25,9 +25,13 @@ from tests.support.records import make_record
 
 T = TypeVar("T")
 SLEEPER = ["sleep", "infinity"]
+PATIENCE_S = 60.0
+"""How long a test waits before it gives up: a busy machine takes longer for everything."""
 
 
-def wait_until(find: Callable[[], T | None], *, what: str = "see the line that waits", timeout_s: float = 30) -> T:
+def wait_until(
+    find: Callable[[], T | None], *, what: str = "see the line that waits", timeout_s: float = PATIENCE_S
+) -> T:
     """Return what `find` finds, as soon as it finds something."""
     deadline = time.monotonic() + timeout_s
     while True:

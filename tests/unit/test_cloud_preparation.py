@@ -15,7 +15,6 @@ from provisioner.cloud_preparation import CloudPreparation, Stopping
 from provisioner.cluster import Cluster
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.errors import CloudConflict, CloudError, NodeUnreachable, SnapshotMissing
-from provisioner.ledger import Ledger
 from provisioner.ledger.records import InstanceRecord, NodeStatus
 from provisioner.plugins.machineuse.cloud_volume import find_source
 from provisioner.snapshots.directory import DirectoryStore
@@ -27,6 +26,7 @@ from stacks.names import Names
 from stacks.spec import CloudIdentity, ClusterSpec, NodeSpec, OfflinePolicy
 from tests.support.fake_cloud import FakeCloud, FakeDevices, OneRegion
 from tests.support.records import make_record
+from tests.support.world import empty_ledger
 
 ID = "mu-test"
 NODE = NodeSpec(id="local", volume="ebs", cloud=CloudIdentity(instance_id="i-a", zone="us-east-1a"))
@@ -40,7 +40,7 @@ class World:
         self.cloud = FakeCloud()
         self.cloud.add_machine("i-a")
         self.cloud.add_machine("i-b")
-        self.ledger = Ledger.create(path / "ledger.db")
+        self.ledger = empty_ledger(path)
         self.spec = ClusterSpec(name="unit", nodes=(NODE, OTHER))
         self.cluster = Cluster(self.spec)
         self.ledger.nodes.sync(self.cluster.nodes)

@@ -15,13 +15,14 @@ from provisioner.ledger.records import NodeStatus
 from provisioner.plugins.policy import DeleteDecision
 from stacks.spec import NodeSpec
 from tests.support.records import make_record
+from tests.support.world import empty_ledger
 
 ID = "mu-test"
 
 
 @pytest.fixture
 def ledger(ledger_location: Path | SecretStr) -> Iterator[Ledger]:
-    ledger = Ledger.create(ledger_location)
+    ledger = empty_ledger(ledger_location)
     yield ledger
     ledger.close()
 

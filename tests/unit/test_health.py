@@ -13,10 +13,10 @@ from provisioner.changes import Changes
 from provisioner.cluster import Cluster
 from provisioner.errors import NodeUnreachable
 from provisioner.health import NodeHealth
-from provisioner.ledger import Ledger
 from provisioner.ledger.records import NodeRecord, NodeStatus
 from provisioner.settings import Settings
 from stacks.spec import ClusterSpec, NodeSpec
+from tests.support.world import empty_ledger
 
 INFO = {
     "NCPU": 4,
@@ -50,7 +50,7 @@ class FakeHosts:
 
 class Scene:
     def __init__(self, directory: Path) -> None:
-        self.ledger = Ledger.create(directory / "ledger.db")
+        self.ledger = empty_ledger(directory)
         self.cluster = Cluster(ClusterSpec(name="test", nodes=(NodeSpec(id="local"),)))
         self.ledger.nodes.sync(self.cluster.nodes)
         self.hosts = FakeHosts()

@@ -15,13 +15,13 @@ from provisioner.cluster import Cluster
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.idle import IdleWatch
 from provisioner.images import ImageCatalogue
-from provisioner.ledger import Ledger
 from provisioner.ledger.records import InstanceRecord, NodeStatus
 from provisioner.service import InstanceService
 from provisioner.settings import Settings
 from provisioner.states import Status, Wanted
 from stacks.spec import ClusterSpec
 from tests.support.records import make_record
+from tests.support.world import empty_ledger
 
 LONG_AGO = 1000.0
 
@@ -32,7 +32,7 @@ class Scene:
     def __init__(self, directory: Path) -> None:
         self.settings = Settings(project_dir=directory)
         self.cluster = Cluster(ClusterSpec(name="test"))
-        self.ledger = Ledger.create(self.settings.ledger_location)
+        self.ledger = empty_ledger(self.settings.ledger_location)
         self.ledger.nodes.sync(self.cluster.nodes)
         self.ledger.nodes.observe("local", values={"status": NodeStatus.ONLINE})
         self.changes = Changes()

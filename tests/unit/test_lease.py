@@ -16,25 +16,26 @@ import pytest
 from pydantic import SecretStr
 
 from provisioner import lease as module
-from provisioner.errors import LeaseLost
+from provisioner.errors import LeaseLost, LedgerUnavailable
 from provisioner.lease import LEASE, Lease, is_gone, leader_of, make_holder, name_of
 from provisioner.ledger import Ledger
 from provisioner.watchdog import Watchdog, clock
-from tests.support.watched import wait_until
+from tests.support.watched import PATIENCE_S, wait_until
+from tests.support.world import empty_ledger
 
 LONG_S = 60.0
 
 
 @pytest.fixture
 def ledger(ledger_location: Path | SecretStr) -> Iterator[Ledger]:
-    ledger = Ledger.create(ledger_location)
+    ledger = empty_ledger(ledger_location)
     yield ledger
     ledger.close()
 
 
 @pytest.fixture
 def file_ledger(tmp_path: Path) -> Iterator[Ledger]:
-    ledger = Ledger.create(tmp_path / "ledger.db")
+    ledger = empty_ledger(tmp_path)
     yield ledger
     ledger.close()
 
@@ -70,14 +71,17 @@ def test_whoever_gets_it_leads_until_it_gives_it_back(ledger: Ledger) -> None:
     assert leader_of(ledger) is None
 
 
-def test_whoever_seeks_it_gets_it_once_the_other_s_is_over(ledger: Ledger) -> None:
-    other_holder(ledger, duration_s=1.0)
-    lease = Lease(ledger, duration_s=2.0)
+def test_whoever_seeks_it_gets_it_once_the_other_s_is_over(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RENEWALS", LONG_S / 0.1)
+    other = other_holder(ledger)
+    lease = Lease(ledger, duration_s=LONG_S)
     assert not lease.seek()
     assert leader_of(ledger) == "elsewhere:1"
+    other_holder(ledger, other, duration_s=0.0)
     wait_until(lambda: lease.is_held, what="the lease")
-    first_end = expires_at(ledger)
-    wait_until(lambda: expires_at(ledger) > first_end + 2.0, what="it is renewed, beyond its first end too")
+    for _ in range(3):
+        end = expires_at(ledger)
+        wait_until(lambda e=end: expires_at(ledger) > e, what="it is renewed, again and again")
     assert lease.is_held
     lease.close()
 
@@ -99,15 +103,24 @@ def test_it_is_not_used_for_as_long_as_it_lasts(file_ledger: Ledger, monkeypatch
 
 
 def test_a_ledger_that_is_away_ends_it_in_time(file_ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    lease = Lease(file_ledger, duration_s=1.0)
-    assert lease.seek()
+    asked, answers = threading.Event(), threading.Event()
 
     def hang(*_: object, **__: object) -> None:
-        time.sleep(3)
+        asked.set()
+        answers.wait()
+        raise LedgerUnavailable("away")
 
-    monkeypatch.setattr(file_ledger.leases, "take", hang)
-    wait_until(lambda: not lease.is_held, what="the lease is over", timeout_s=2)
-    monkeypatch.undo()
+    monkeypatch.setattr(module, "RENEWALS", LONG_S / 0.1)
+    lease = Lease(file_ledger, duration_s=LONG_S)
+    assert lease.seek()
+    with monkeypatch.context() as away:
+        away.setattr(file_ledger.leases, "take", hang)
+        assert asked.wait(PATIENCE_S)
+        assert lease.is_held
+        now = clock()
+        away.setattr(module, "clock", lambda: now + LONG_S)
+        assert not lease.is_held
+        answers.set()
     lease.close()
 
 
@@ -161,9 +174,10 @@ def test_of_several_one_leads_at_any_time(ledger: Ledger) -> None:
         lease.seek()
     seen: set[str] = set()
     most = 0
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE_S
     while len(seen) < 3:
         leading = [lease for lease in leases if lease.is_held]
+        leading = [lease for lease in leading if lease.is_held]  # still, though the next one had been seen with it
         most = max(most, len(leading))
         for lease in leading:
             if lease.name not in seen:
@@ -182,23 +196,23 @@ class TestWatchdog:
         watchdog.extend(clock() + LONG_S)
         watchdog.watch(sleeper.pid)
         watchdog.extend(clock() + 0.5)
-        assert sleeper.wait(timeout=10) == -signal.SIGKILL
+        assert sleeper.wait(timeout=PATIENCE_S) == -signal.SIGKILL
         watchdog.close()
 
     def test_it_ends_at_once_what_is_begun_too_late(self, sleeper: subprocess.Popen[bytes]) -> None:
         watchdog = Watchdog()
         watchdog.extend(clock() - 1)
         watchdog.watch(sleeper.pid)
-        assert sleeper.wait(timeout=10) == -signal.SIGKILL
+        assert sleeper.wait(timeout=PATIENCE_S) == -signal.SIGKILL
         watchdog.close()
 
     def test_it_leaves_alone_what_it_was_told_to_forget(self, sleeper: subprocess.Popen[bytes]) -> None:
         watchdog = Watchdog()
-        watchdog.extend(clock() + 0.5)
+        watchdog.extend(clock() + LONG_S)
         watchdog.watch(sleeper.pid)
         watchdog.watch(None)
-        time.sleep(0.7)
-        watchdog.close()
+        watchdog.extend(clock())
+        watchdog.close()  # ends whatever is still watched
         assert sleeper.poll() is None
 
     def test_it_acts_for_a_process_that_is_frozen_or_gone(self, sleeper: subprocess.Popen[bytes]) -> None:
@@ -215,7 +229,7 @@ class TestWatchdog:
             assert owner.stdout is not None
             owner.stdout.readline()
             owner.send_signal(how)
-            assert victim.wait(timeout=20) == -signal.SIGKILL
+            assert victim.wait(timeout=PATIENCE_S) == -signal.SIGKILL
             owner.kill()
             owner.wait()
             owner.stdout.close()
@@ -228,7 +242,7 @@ class TestWatchdog:
         watchdog._process.wait()
         watchdog.watch(sleeper.pid)
         watchdog.extend(clock())
-        assert sleeper.wait(timeout=10) == -signal.SIGKILL
+        assert sleeper.wait(timeout=PATIENCE_S) == -signal.SIGKILL
         watchdog.close()
 
 

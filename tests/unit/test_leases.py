@@ -11,11 +11,12 @@ from pydantic import SecretStr
 
 from provisioner.ledger import Ledger
 from tests.support.watched import wait_until
+from tests.support.world import empty_ledger
 
 
 @pytest.fixture
 def ledger(ledger_location: Path | SecretStr) -> Iterator[Ledger]:
-    ledger = Ledger.create(ledger_location)
+    ledger = empty_ledger(ledger_location)
     yield ledger
     ledger.close()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from hypothesis import given, settings
@@ -26,6 +26,7 @@ from provisioner.guard import LedgerGuard
 from provisioner.images import ImageCatalogue
 from provisioner.ledger import Ledger
 from provisioner.ledger.instances import Update
+from provisioner.ledger.leftovers import Leftover
 from provisioner.ledger.records import InstanceRecord, Moving, NodeStatus
 from provisioner.moves import Mover
 from provisioner.outcomes import error_of
@@ -292,30 +293,32 @@ class Story:
     # ---- what must hold
 
     def check(self) -> None:
-        self.what_is_not_its_own_is_to_be_removed()
-        self.no_profile_is_lost()
-        self.what_is_settled_is_what_it_says()
-        self.who_lost_something_is_told()
+        records = {record.id: record for record in self.ledger.instances.all()}
+        self.what_is_not_its_own_is_to_be_removed(records)
+        self.no_profile_is_lost(records)
+        self.what_is_settled_is_what_it_says(records)
+        self.who_lost_something_is_told(records)
 
-    def what_is_not_its_own_is_to_be_removed(self) -> None:
+    def what_is_not_its_own_is_to_be_removed(self, records: Mapping[str, InstanceRecord]) -> None:
         """An instance has a body on its node, and nowhere else but where it is noted as left over."""
+        noted = {(leftover.node_id, leftover.urn) for leftover in self.leftovers()}
         for node_id, urn in self.bodies():
-            record = self.ledger.instances.find(instance_of(urn))
-            is_noted = any(leftover.urn == urn for leftover in self.ledger.leftovers.list(node_id))
+            record = records.get(instance_of(urn))
+            is_noted = (node_id, urn) in noted
             if record is not None and (record.node_id != node_id or not record.body):
                 assert is_noted, f"{urn} is on node {node_id}, and runs in two places once that is back"
             if record is not None and record.node_id == node_id and record.wanted is Wanted.RUNNING:
                 assert not is_noted, f"{urn} on node {node_id} is in use, and to be removed"
 
-    def no_profile_is_lost(self) -> None:
+    def no_profile_is_lost(self, records: Mapping[str, InstanceRecord]) -> None:
         for instance_id, written in self.written.items():
-            record = self.ledger.instances.get(instance_id)
+            record = records[instance_id]
             places = [content for urn, content in self.engine.made.items() if instance_of(urn) == instance_id]
             places.append(self.home_of(record))
             assert written in places or written == EMPTY, f"{written} of {instance_id} is lost"
 
-    def what_is_settled_is_what_it_says(self) -> None:
-        for record in self.ledger.instances.all():
+    def what_is_settled_is_what_it_says(self, records: Mapping[str, InstanceRecord]) -> None:
+        for record in records.values():
             if record.settled_generation < record.generation:
                 continue
             if record.status in UP:
@@ -325,8 +328,8 @@ class Story:
                 kept = NAMES.snapshot_urn(record.id, record.snapshot_generation)
                 assert self.engine.made[kept] == self.written[record.id]
 
-    def who_lost_something_is_told(self) -> None:
-        for record in self.ledger.instances.moving():
+    def who_lost_something_is_told(self, records: Mapping[str, InstanceRecord]) -> None:
+        for record in records.values():
             if record.moving is Moving.OFFLINE:
                 told = [event.message for event in self.ledger.events.list(instance_id=record.id)]
                 assert any("what it did after that is lost" in message for message in told)
@@ -355,8 +358,17 @@ class Story:
     # ---- helpers
 
     def settle(self) -> None:
+        """Work until nothing is left to do, and once more: what has settled stays as it is."""
+        calm = 0
         for _ in range(8):
             self.work()
+            busy = [*self.ledger.instances.unsettled(), *self.ledger.instances.moving(), *self.leftovers()]
+            calm = 0 if busy else calm + 1
+            if calm == 2:
+                return
+
+    def leftovers(self) -> list[Leftover]:
+        return [leftover for node_id in NODES for leftover in self.ledger.leftovers.list(node_id)]
 
     def is_known(self, urn: str) -> bool:
         return self.ledger.instances.find(instance_of(urn)) is not None

@@ -15,7 +15,6 @@ from provisioner.changes import Changes
 from provisioner.cluster import Cluster
 from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.errors import NodeUnreachable, SnapshotFailed
-from provisioner.ledger import Ledger
 from provisioner.ledger.records import InstanceRecord
 from provisioner.preparation import Preparation
 from provisioner.settings import Settings
@@ -28,6 +27,7 @@ from stacks.names import Names
 from stacks.spec import ClusterSpec
 from tests.support.records import make_record
 from tests.support.watched import wait_until as until
+from tests.support.world import empty_ledger
 
 NAMES = Names("unit")
 ID = "mu-test"
@@ -76,7 +76,7 @@ class World:
     """A preparation over a real ledger."""
 
     def __init__(self, path: Path) -> None:
-        self.ledger = Ledger.create(path / "ledger.db")
+        self.ledger = empty_ledger(path)
         self.docker = FakeDocker()
         self.cloud = FakeCloudPreparation()
         self.preparation = Preparation(

@@ -16,7 +16,6 @@ from provisioner.changes import Changes
 from provisioner.cluster import Cluster
 from provisioner.docker_hosts.hosts import DockerHost, DockerHosts
 from provisioner.docker_hosts.inventory import ContainerState
-from provisioner.ledger import Ledger
 from provisioner.ledger.records import NodeStatus
 from provisioner.readiness import GRACE_S, Outcome, Readiness, Watch, is_awaited, judge
 from provisioner.settings import Settings
@@ -24,6 +23,7 @@ from provisioner.states import Status, Wanted
 from stacks.spec import ClusterSpec, NodeSpec
 from tests.support.records import make_record
 from tests.support.watched import wait_until
+from tests.support.world import empty_ledger
 
 RUNNING = ContainerState(state="running", exit_code=0, oom_killed=False, restart_count=0, error="")
 RESTARTING = dataclasses.replace(RUNNING, state="restarting", exit_code=3, restart_count=3)
@@ -102,7 +102,7 @@ class Revisited:
     """A failed instance, and what is seen of it."""
 
     def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.ledger = Ledger.create(path / "ledger.db")
+        self.ledger = empty_ledger(path)
         record = make_record(status=Status.FAILED, error_code="not_ready", error_message="It was slow.")
         self.ledger.instances.create(lambda _: (record, "test"))
         self.container: ContainerState | None = RUNNING
@@ -147,7 +147,7 @@ class Awaited:
     """Instances that are waited for on two nodes: `dead`, which has missed heartbeats, and `alive`."""
 
     def __init__(self, path: Path) -> None:
-        self.ledger = Ledger.create(path / "ledger.db")
+        self.ledger = empty_ledger(path)
         self.nodes = (NodeSpec(id="dead", host="unix:///dead"), NodeSpec(id="alive", host="unix:///alive"))
         self.ledger.nodes.sync(self.nodes)
         for node_id, misses in (("dead", 1), ("alive", 0)):

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
+from provisioner import lease as lease_module
 from provisioner import replica as module
 from provisioner.errors import LedgerMismatch, LedgerUnavailable
 from provisioner.lease import LEASE
 from provisioner.replica import Replica
 from provisioner.settings import Settings
+from provisioner.watchdog import clock
 from tests.support.watched import wait_until
 
 
@@ -44,34 +45,38 @@ def replica(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Replica
     monkeypatch.setattr(Listening, "fails", [], raising=False)
     monkeypatch.setattr(module, "ControlPlane", Listening)
     monkeypatch.setattr(module, "AGAIN_S", 0.1)
-    replica = Replica(Settings(project_dir=tmp_path, lease_s=2))
+    monkeypatch.setattr(lease_module, "RENEWALS", 600)
+    replica = Replica(Settings(project_dir=tmp_path, lease_s=60))
     yield replica
     replica.stop()
-
-
-def refuse(*_: Any, **__: Any) -> Any:
-    raise LedgerUnavailable("The ledger's database does not answer.")
 
 
 def test_all_has_ended_before_a_ledger_that_is_away_is_asked_who_leads(
     replica: Replica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    asked: list[list[str]] = []
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        asked.append([*Listening.said])
+        raise LedgerUnavailable("The ledger's database does not answer.")
+
     replica.start()
     assert replica.is_leading
     with monkeypatch.context() as away:
         for reading in ("take", "get", "release"):
             away.setattr(replica.ledger.leases, reading, refuse)
-        wait_until(
-            lambda: Listening.said == ["made", "started", "aborted", "stopped"], what="it has ended", timeout_s=10
-        )
-        time.sleep(0.5)
+        now = clock()
+        away.setattr(lease_module, "clock", lambda: now + 60)
+        wait_until(lambda: asked and asked[-1][2:] == ["aborted", "stopped"], what="it has ended, and asks")
         assert not replica.is_leading
+    assert not any("aborted" in said and "stopped" not in said for said in asked)
     wait_until(lambda: replica.is_leading, what="it leads again")
     assert Listening.said[4:] == ["made", "started"]
 
 
 def test_it_tries_again_whatever_its_start_failed_with(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
-    replica.ledger.leases.take(LEASE, holder="elsewhere|1|m|1", duration_s=1)
+    other = "elsewhere|1|m|1"
+    replica.ledger.leases.take(LEASE, holder=other, duration_s=60)
     monkeypatch.setattr(Listening, "fails", [RuntimeError("odd"), LedgerUnavailable("away")])
     release = replica.ledger.leases.release
 
@@ -83,6 +88,7 @@ def test_it_tries_again_whatever_its_start_failed_with(replica: Replica, monkeyp
         odd.setattr(replica.ledger.leases, "release", release_oddly)
         replica.start()
         assert not replica.is_leading
+        replica.ledger.leases.take(LEASE, holder=other, duration_s=0)
         wait_until(lambda: replica.is_leading, what="it leads")
     assert Listening.said == ["made", "stopped", "made", "stopped", "made", "started"]
 

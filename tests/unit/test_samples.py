@@ -17,11 +17,12 @@ from provisioner.settings import Settings
 from provisioner.states import Status
 from stacks.spec import NodeSpec
 from tests.support.records import make_record
+from tests.support.world import empty_ledger
 
 
 @pytest.fixture
 def ledger(ledger_location: Path | SecretStr) -> Iterator[Ledger]:
-    ledger = Ledger.create(ledger_location)
+    ledger = empty_ledger(ledger_location)
     ledger.nodes.sync([NodeSpec(id="a"), NodeSpec(id="b")])
     yield ledger
     ledger.close()

@@ -26,13 +26,14 @@ from provisioner.settings import Settings
 from provisioner.states import Status, Wanted
 from stacks.spec import ClusterSpec, NodeSpec
 from tests.support.records import make_record
+from tests.support.world import empty_ledger
 
 ID = "mu-test"
 
 
 @pytest.fixture
 def ledger(ledger_location: Path | SecretStr) -> Iterator[Ledger]:
-    ledger = Ledger.create(ledger_location)
+    ledger = empty_ledger(ledger_location)
     yield ledger
     ledger.close()
 

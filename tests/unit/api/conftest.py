@@ -22,6 +22,7 @@ from provisioner.ledger.records import NodeStatus
 from provisioner.service import InstanceService
 from provisioner.settings import Settings
 from stacks.spec import BROWSER_IMAGE, DEFAULT_IMAGE, ClusterSpec, NodeSpec
+from tests.support.world import empty_ledger
 
 GIB = 2**30
 
@@ -97,7 +98,7 @@ def make_fake_services(
     """Make the services over a new ledger in `data_dir`, which is added to `ledgers`."""
     cluster = Cluster(ClusterSpec(name="test", nodes=(NodeSpec(id="local", max_instances=max_instances),)))
     built = Settings(**{"data_dir": data_dir, "default_wait_s": 0.0, "memory_overcommit": 100.0, **settings})
-    ledger = Ledger.create(location or built.ledger_location)
+    ledger = empty_ledger(location or built.ledger_location)
     ledgers.append(ledger)
     ledger.nodes.sync(cluster.nodes)
     seen = {"status": NodeStatus.ONLINE, "cpu_cores": 64.0, "memory_bytes": 64 * GIB, "last_heartbeat": 1_700_000_000.0}

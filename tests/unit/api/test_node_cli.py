@@ -17,6 +17,7 @@ from provisioner.settings import Settings
 from stacks.spec import NodeSpec
 from tests.support.ports import free_port
 from tests.support.records import make_record
+from tests.support.world import empty_ledger
 
 FAR = NodeSpec(id="b", host="tcp://[fd00::3]:2376", labels={"note": "[/bold]"})
 WHY = "The Docker engine at tcp://[fd00::3]:2376 does not answer: " + "it refuses our client certificate. " * 5
@@ -33,7 +34,7 @@ def ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ledger]:
     path_of(tmp_path, cluster="x").write_text("config:\n  cluster:nodes:\n" + "".join(said))
     location = Settings().ledger_location
     assert isinstance(location, Path)
-    ledger = Ledger.create(location)
+    ledger = empty_ledger(location)
     ledger.nodes.sync(nodes)
     ledger.nodes.observe("b", values={"status": NodeStatus.OFFLINE, "error": WHY, "labels": FAR.labels})
     yield ledger
