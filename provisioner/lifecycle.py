@@ -72,22 +72,32 @@ def wish_drained(record: InstanceRecord) -> Update | None:
 def wish_moved(record: InstanceRecord, *, away_s: float) -> Update | None:
     """Want an instance whose node is lost given back elsewhere, from its last snapshot; None where there is none.
 
-    What came after that snapshot is lost, and the event says so. Whatever was under way is overtaken, a drain's own
+    What came after that snapshot is lost, and event and note say so. Whatever was under way is overtaken, a drain's own
     dormancy too; but a caller's dormancy and a delete wait for the node, and so does what has failed.
     """
     last = record.last_verified
     if last is None or record.status is Status.FAILED or not waits_for_node(record):
         return None
+    if is_coming_back(record):
+        what = "to be restored on another node instead"
+        note = _add_note(record.restore_note, f"Node {record.node_id} was lost while it was being restored there.")
+    else:
+        what = f"to be given back on another node {tell_loss(last)}"
+        note = f"Node {record.node_id} was lost: given back {tell_loss(last)}."
     return Update(
         values=_new_wish(record, wanted=Wanted.DORMANT, event=Event.MOVE)
-        | {"snapshot_generation": last.generation, "moving": Moving.OFFLINE},
+        | {"snapshot_generation": last.generation, "moving": Moving.OFFLINE, "restore_note": note},
         put_snapshots=_cut_off(record),
-        event=(
-            "move",
-            f"node {record.node_id} has not answered for {_for_people(away_s)}: to be given back on another node"
-            f" {tell_loss(last)}",
-        ),
+        event=("move", f"node {record.node_id} has not answered for {_for_people(away_s)}: {what}"),
     )
+
+
+def is_coming_back(record: InstanceRecord) -> bool:
+    """Say whether an instance is being restored from its last snapshot, and nobody has had it back yet."""
+    last = record.last_verified
+    is_from_last = last is not None and record.restore_generation == last.generation
+    is_under_way = record.wanted is Wanted.RUNNING and record.status is Status.CREATING
+    return is_from_last and is_under_way and not record.repair  # what is repaired has run since
 
 
 def waits_for_node(record: InstanceRecord) -> bool:

@@ -4,7 +4,8 @@ A move is two things that exist anyway, one after the other: the instance is mad
 
     drained   a snapshot is taken first, so nothing is lost; one instance at a time, those in use last
     lost      the last verified snapshot has to do; what came after it is lost, and events and instance say so. The
-              body on the lost node is given up: noted as left over, and removed when the node is back
+              body on the lost node is given up: noted as left over, and removed when the node is back. What was only
+              being restored there has nothing to lose, and is moved even where the others are to wait
 
 Nothing is given up or put to sleep before another node has room for it. The ledger says which instances are on their
 way (`moving`), so a move that a crash interrupts goes on after it, and uncordoning a node only stops the next ones.
@@ -13,7 +14,7 @@ way (`moving`), so a move that a crash interrupts goes on after it, and uncordon
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 import structlog
 
@@ -52,24 +53,30 @@ class Mover:
         now = time.monotonic()  # what has not been tried again for so long has got where it was to go
         self._pauses = {id_: pause for id_, pause in self._pauses.items() if now < pause[0] + MAX_PAUSE_S}
         nodes = {node.id: node for node in self._ledger.nodes.list()}
-        for node in nodes.values():
-            if node.status is NodeStatus.OFFLINE:
-                self._leave_lost_node(node)
+        lost = {node.id: node for node in nodes.values() if node.status is NodeStatus.OFFLINE}
+        for node in lost.values():
+            self._leave_lost_node(node)
+        if lost:
+            self._redirect(lost)
         moving = self._ledger.instances.moving()
         for record in moving:
             if record.wanted is Wanted.DORMANT and record.settled_generation >= record.generation:
                 self._try(record, self._service.revive_elsewhere)
-        silent = {node.id for node in nodes.values() if node.status is NodeStatus.OFFLINE}
-        if any(record.moving is Moving.DRAIN and not _is_held_up(record, silent=silent) for record in moving):
+        if any(record.moving is Moving.DRAIN and not _is_held_up(record, silent=lost) for record in moving):
             return
         for node_id in [spec.id for spec in self._cluster.nodes if spec.availability is Availability.DRAINING]:
             if node_id in nodes and nodes[node_id].status is NodeStatus.ONLINE:
                 self._drain_one(node_id)
 
+    def _redirect(self, lost: Mapping[str, NodeRecord]) -> None:
+        """Begin anew elsewhere what was to be revived on a lost node, whatever the policy: there is nothing to lose."""
+        for record in self._ledger.instances.unsettled():
+            if record.node_id in lost and lifecycle.is_coming_back(record):
+                self._give_up_body(record, node=lost[record.node_id], even_running=False)
+
     def _leave_lost_node(self, node: NodeRecord) -> None:
         policy = self._cluster.spec.offline
-        away_s = time.time() - (node.offline_since or time.time())
-        if policy.action != "move" or away_s < policy.after_minutes * self._settings.minute_s:
+        if policy.action != "move" or _away_s(node) < policy.after_minutes * self._settings.minute_s:
             return
         for record in self._ledger.instances.on_node(node.id):
             if not lifecycle.waits_for_node(record):
@@ -79,7 +86,13 @@ class Mover:
             elif record.last_verified is None:
                 self._tell(record, f"node {node.id} is lost, and it has no snapshot: it waits for the node")
             else:
-                self._try(record, lambda instance_id: self._service.give_up_body(instance_id, away_s=away_s))
+                self._give_up_body(record, node=node, even_running=True)
+
+    def _give_up_body(self, record: InstanceRecord, *, node: NodeRecord, even_running: bool) -> None:
+        def give_up(instance_id: str) -> InstanceRecord:
+            return self._service.give_up_body(instance_id, away_s=_away_s(node), even_running=even_running)
+
+        self._try(record, give_up)
 
     def _drain_one(self, node_id: str) -> None:
         """Begin to move the instance that is used least; the others have their turn when it is there."""
@@ -120,6 +133,10 @@ class Mover:
         self._told[record.id] = (message, time.monotonic())
         log.warning("not moved", instance=record.id, node=record.node_id, reason=message)
         self._ledger.events.add("not_moved", message=message, instance_id=record.id, node_id=record.node_id)
+
+
+def _away_s(node: NodeRecord) -> float:
+    return time.time() - (node.offline_since or time.time())
 
 
 def _is_held_up(record: InstanceRecord, *, silent: Collection[str]) -> bool:

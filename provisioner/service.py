@@ -140,7 +140,7 @@ class InstanceService:
                 volume=place.node.volume,
                 disk_enforced=place.disk_enforced,
                 why_there=place.note,
-                note=_tell_move(record),
+                note=record.restore_note if record.moving is Moving.OFFLINE else None,
             )
 
         return self._wish(instance_id, decide)
@@ -155,13 +155,18 @@ class InstanceService:
 
         return self._wish(instance_id, decide)
 
-    def give_up_body(self, instance_id: str, *, away_s: float) -> InstanceRecord:
-        """Want an instance of a lost node given back elsewhere, if there is a place. Raises NotFound and NoCapacity."""
+    def give_up_body(self, instance_id: str, *, away_s: float, even_running: bool) -> InstanceRecord:
+        """Want an instance of a lost node given back elsewhere, if there is a place. Raises NotFound and NoCapacity.
+
+        Unless `even_running`, only one that is still being restored there, which loses nothing by it.
+        """
         moving = self._ledger.instances.moving()
 
         def decide(record: InstanceRecord, loads: LoadReader) -> Update | None:
             if loads.is_online(record.node_id):
                 return None  # it is back
+            if not even_running and not lifecycle.is_coming_back(record):
+                return None  # it came back just before
             self._placer.check_room_elsewhere(record, moving=moving, loads=loads)
             return lifecycle.wish_moved(record, away_s=away_s)
 
@@ -182,7 +187,7 @@ class InstanceService:
                 ports=place.ports,
                 volume=place.node.volume,
                 disk_enforced=place.disk_enforced,
-                note=_tell_move(record),
+                note=record.restore_note if record.moving is Moving.OFFLINE else None,
             )
 
         return self._wish(instance_id, decide)
@@ -285,14 +290,6 @@ class InstanceService:
         base = f" (built on {image.base})" if image.base else ""
         note = f" ({place.note})" if place.note else ""
         return record, f"to run {runs}{base} on node {place.node.id}{note}"
-
-
-def _tell_move(record: InstanceRecord) -> str | None:
-    """Say what may be lost by the revival of an instance whose node was lost; None for any other."""
-    source = record.snapshot(record.snapshot_generation)
-    if record.moving is not Moving.OFFLINE or source is None:
-        return None
-    return f"Node {record.node_id} was lost: given back {lifecycle.tell_loss(source)}."
 
 
 def _need_of(request: CreateRequest, *, ports: int) -> Need:

@@ -132,6 +132,45 @@ def test_waiting_is_what_a_cluster_does_that_says_nothing(tmp_path: Path) -> Non
     assert OfflinePolicy().action == "wait"
 
 
+@pytest.mark.parametrize("applied", [False, True], ids=["before it was made", "before its browser answered"])
+def test_what_was_to_be_revived_on_a_node_that_is_lost_is_revived_elsewhere_whatever_the_policy(
+    tmp_path: Path, *, applied: bool
+) -> None:
+    moves = Moves(tmp_path, action="wait")
+    moves.add()
+    moves.world.wish(lambda r: lifecycle.wish_dormant(r, reason="test"))
+    moves.world.settle()
+    moves.service.revive(ID, method=QUICK_START, node_preference="a")
+    if applied:
+        moves.world.answering = False
+        moves.world.settle()
+        assert moves.record.applied_generation == moves.record.generation > moves.record.settled_generation
+        moves.world.answering = True
+    moves.lose("a", ago_s=1)
+    moves.run()
+    record = moves.record
+    assert (record.status, record.node_id, record.moving) == (Status.RUNNING, "b", None)
+    assert record.restore_note is not None
+    assert "Node a was lost while it was being restored there." in record.restore_note
+    assert not any("is lost" in message for message in moves.events("move"))
+
+
+def test_who_came_back_just_before_its_node_was_lost_waits_for_it(tmp_path: Path) -> None:
+    moves = Moves(tmp_path, action="wait")
+    moves.add()
+    moves.world.wish(lambda r: lifecycle.wish_dormant(r, reason="test"))
+    moves.world.settle()
+    moves.service.revive(ID, method=QUICK_START, node_preference="a")
+    moves.world.settle()
+    moves.lose("a")
+    moves.service.give_up_body(ID, away_s=DAY_S, even_running=False)
+    moves.run()
+    assert (moves.record.status, moves.record.node_id, moves.record.moving) == (Status.RUNNING, "a", None)
+    moves.world.wish(lambda r: lifecycle.wish_repaired(r, reason="its container is gone"))
+    moves.mover.step()
+    assert (moves.record.status, moves.record.node_id, moves.record.moving) == (Status.CREATING, "a", None)
+
+
 def test_an_instance_without_a_snapshot_waits_for_its_node_and_says_so_once(moves: Moves) -> None:
     moves.add(snapshot=False)
     moves.lose("a")
@@ -202,13 +241,13 @@ def test_who_leaves_already_is_counted_on_elsewhere_once_its_place_is_taken(move
     for number in range(2):
         moves.add(f"mu-n{number}", memory_gb=1.0)
     moves.lose("a")
-    moves.service.give_up_body("mu-n0", away_s=DAY_S)
+    moves.service.give_up_body("mu-n0", away_s=DAY_S, even_running=True)
     counted_on = moves.service._placer._arriving["mu-n0"][1].node.id
     moves.ledger.instances.create(
         lambda _: (make_record(id="mu-new", node_id=counted_on, memory_gb=1.0, debug_port=22000, stream_port=22001), "")
     )
     with pytest.raises(NoCapacity):  # the other node's room is for the first one now
-        moves.service.give_up_body("mu-n1", away_s=DAY_S)
+        moves.service.give_up_body("mu-n1", away_s=DAY_S, even_running=True)
 
 
 def test_a_drain_that_its_node_does_not_live_to_see_the_end_of_becomes_a_move(moves: Moves) -> None:
