@@ -49,7 +49,7 @@ def drop_key(
     users = [] if force else _encrypted_with(settings, key_id)
     if users:
         raise SettingsError(
-            f"Key {key_id} is still needed for {len(users)} snapshots, {users[0]} among them.",
+            f"Key {key_id} is still needed for {len(users)} snapshot(s), {users[0]} among them.",
             resolution="A snapshot is taken anew when its instance goes dormant again; --force gives it up.",
         )
     keys.drop(key_id)
