@@ -82,7 +82,7 @@ def test_a_profile_comes_back_from_a_bucket_that_can_not_read_it(
     assert service.machineuse("snapshots", "rotate-key").returncode == 0
     assert keys.load().ids[0] == first != keys.load().primary_id
     refused = service.machineuse("snapshots", "drop-key", str(first))
-    assert f"Key {first} is still needed for 1 snapshots, {instance_id}/" in refused.stderr
+    assert f"Key {first} is still needed for 1 snapshot(s), {instance_id}/" in refused.stderr
 
     # Without its key it is neither lost nor damaged: it sleeps on, says what is missing, and wakes once that is back.
     away = keys.path.rename(keys.path.with_name("away"))

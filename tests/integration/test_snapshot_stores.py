@@ -159,6 +159,19 @@ def test_what_was_committed_is_there_after_a_restart(scene: Scene) -> None:
     assert len(scene.leftovers()) == 2
 
 
+def test_what_was_copied_file_by_file_from_another_store_is_there(
+    scene: Scene, tmp_path: Path, snapshot_keys: str | None
+) -> None:
+    other = tmp_path / "other"
+    manifest = keep(open_store(Settings(snapshot_store=str(other), snapshot_keys=snapshot_keys)))
+    for path in other.rglob("*"):
+        if path.is_file():
+            scene.write(str(path.relative_to(other)), path.read_bytes())
+    store = scene.open()
+    assert store.list("mu-1") == (manifest,)
+    verify_snapshot(store, manifest)
+
+
 def test_until_it_is_committed_there_is_no_snapshot(scene: Scene) -> None:
     store = scene.open()
     writer, manifest = write(store)
