@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.acceptance.test_chaos import BREAKS, SMALL, await_node, await_rest, events_of
+from tests.acceptance.test_chaos import BREAKS, SMALL, await_rest, events_of
 from tests.support.containers import execute
 from tests.support.engines import Engine
 from tests.support.service import Service
@@ -144,11 +144,11 @@ def lost(service: Service, engine: Engine, *, how: str) -> Iterator[None]:
         made = service.create(config=SMALL, node_preference="b")
         assert (made["status"], made["node_id"]) == ("running", "b")
         assert service.delete(made["id"]).status_code == 200
-        await_node(service, "a", "offline")
+        service.wait_for_node("a", "offline")
         yield
     finally:
         getattr(engine, BREAKS[how])()
-    await_node(service, "a", "online")
+    service.wait_for_node("a", "online")
 
 
 def objects_on(engine: Engine, service: Service) -> set[str]:
