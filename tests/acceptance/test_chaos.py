@@ -181,7 +181,8 @@ def bodies_on(engine: Engine, service: Service, *, with_copies: bool = False) ->
     """Return which instances an engine has a container or a home of (or a copy of a home, or a helper)."""
     mine = {"label": f"machineuse.cluster={service.cluster}"}
     client = engine.client()
-    found = {c.labels.get("machineuse.instance", c.name) for c in client.containers.list(all=True, filters=mine)}
+    containers = client.containers.list(all=True, filters=mine, ignore_removed=True)
+    found = {c.labels.get("machineuse.instance", c.name) for c in containers}
     homes = (v for v in client.volumes.list(filters=mine) if with_copies or v.name.endswith("-home"))
     return found | {v.attrs["Labels"]["machineuse.instance"] for v in homes}
 
@@ -254,7 +255,8 @@ def test_a_node_that_fails_under_work_loses_nothing(
                     time.sleep(6)
                 else:
                     wait_until(over, what=f"the resident is {until}")
-                made_meanwhile = len(visitor.made) - made_before
+                if until != "moving":  # which is over too soon
+                    wait_until(lambda: len(visitor.made) > made_before, what="others go on creating")
             finally:
                 getattr(broken, BREAKS[breaks])()
             service.wait_for_node(node_id, "online")
@@ -262,7 +264,6 @@ def test_a_node_that_fails_under_work_loses_nothing(
             stopping.set()
         for work in working:
             work.result(timeout=60)
-    assert made_meanwhile > 0, "others went on creating"
 
     for caller in callers:
         assert caller.instance_id is not None
@@ -277,12 +278,11 @@ def test_a_node_that_fails_under_work_loses_nothing(
             assert answer.status_code == 200, answer.text
             shown = answer.json()
         assert shown["status"] in ("running", "idle"), shown
-        moves = [message for kind, message in events if kind == "move"]
+        # What was only being revived there is revived elsewhere, whatever the policy, and loses nothing by it.
+        losses = [text for kind, text in events if kind == "move" and "what it did after that is lost" in text]
         if policy == "wait":
-            assert moves == []
-        if moves:
-            assert all("what it did after that is lost" in message for message in moves)
-        else:
+            assert losses == []
+        if not losses:
             assert caller.read(node_id=shown["node_id"]) in caller.notes
     for instance_id in visitor.deleted:
         wait_until(

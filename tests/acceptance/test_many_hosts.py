@@ -63,7 +63,7 @@ def traces_of(engine: Engine, service: Service, *, kind: str = "containers volum
     """Return the names of the containers and volumes that the engine has of the service."""
     client = engine.client()
     mine = {"label": f"machineuse.cluster={service.cluster}"}
-    containers = client.containers.list(all=True, filters=mine) if "containers" in kind else []
+    containers = client.containers.list(all=True, filters=mine, ignore_removed=True) if "containers" in kind else []
     volumes = client.volumes.list(filters=mine) if "volumes" in kind else []
     return [thing.name for thing in (*containers, *volumes)]
 
