@@ -77,9 +77,8 @@ class Placer:
         before, self._arriving = self._arriving, {}
         for other in moving:
             if other.wanted is Wanted.DORMANT and other.id != record.id:
-                with contextlib.suppress(
-                    NoCapacity, InvalidRequest
-                ):  # that one waits; there may be room for a smaller one
+                # That one waits; there may be room for a smaller one.
+                with contextlib.suppress(NoCapacity, InvalidRequest):
                     self._count_on(other, before.get(other.id), arrivals=arrivals, loads=loads)
         self._count_on(record, None, arrivals=arrivals, loads=loads)
 
