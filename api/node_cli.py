@@ -164,7 +164,7 @@ def remove(
 ) -> None:
     """Remove an empty node. Dormant instances that slept there stay, and are revived elsewhere."""
     from provisioner.clustertext import remove_node
-    from provisioner.leaving import bodies_on, is_away
+    from provisioner.leaving import bodies_on
 
     settings = read_settings(data_dir=data_dir, cluster=cluster)
     with _ledger(settings) as ledger:
@@ -190,7 +190,7 @@ def remove(
         if there:
             _give_up(ledger, there, yes=yes)
         sleeping = [record for record in ledger.instances.on_node(node_id) if not record.body]
-        away = is_away(next((node for node in ledger.nodes.list() if node.id == node_id), None))
+        away = ledger.nodes.is_offline(node_id)
     if named:
         _edit(settings, lambda text: remove_node(text, node_id))
     typer.echo(f"Node {node_id} is removed.")

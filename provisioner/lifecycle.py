@@ -172,14 +172,14 @@ def wish_revived(
     volume: str,
     disk_enforced: bool,
     why_there: str | None = None,
-    note: str | None = None,
 ) -> Update:
     """Want a dormant instance back, on that node and those ports (debug and stream, where it has them).
 
     `volume` and `disk_enforced` are the node's: another node may do it otherwise. `why_there` tells people why it is
-    that one; `note` tells them what is special about how it is restored.
+    that one. What `wish_moved` noted of the loss of its node stays with it.
     """
     check_revivable(record)
+    note = record.restore_note if record.moving is Moving.OFFLINE else None
     debug_port, stream_port = ports if record.browser else (None, None)
     remarks = "; ".join(remark for remark in (why_there, note) if remark)
     return Update(

@@ -228,7 +228,7 @@ class Preparation:
             self._cloud.release(record)
         host = self._hosts.of(node)
         container, volume = self._names.docker_container(record.id), self._names.docker_volume(record.id)
-        away = self._is_away(node)
+        away = self._ledger.nodes.is_offline(node.id)
         try:
             if away:
                 raise NodeUnreachable(f"Node {node.id} does not answer.")
@@ -267,7 +267,7 @@ class Preparation:
     def _is_capturing(self, record: InstanceRecord) -> bool:
         """Say whether a snapshot of the instance is still captured, or its volume made, and worth waiting for."""
         node = self._cluster.node(record.node_id)
-        if node is None or self._is_away(node):
+        if node is None or self._ledger.nodes.is_offline(node.id):
             return False  # whatever hangs there finds out, once it goes on, that nobody needs it any more
         with self._lock:
             for key in [key for key in self._jobs if key[0] == record.id and key[1] != record.generation]:
@@ -389,7 +389,7 @@ class Preparation:
             node = self._cluster.node(taken.node_id if taken is not None else record.node_id)
             copy = self._names.docker_copy(record.id, generation)
             if node is not None:
-                away = self._is_away(node)
+                away = self._ledger.nodes.is_offline(node.id)
                 try:
                     if away:
                         raise NodeUnreachable(f"Node {node.id} does not answer.")
@@ -401,10 +401,6 @@ class Preparation:
                     self._ledger.leftovers.add(node_id=node.id, urn=urn, name=copy)
             self._cloud.discard(record, generation=generation)
             self._store.delete(SnapshotId(instance_id=record.id, generation=generation))
-
-    def _is_away(self, node: NodeSpec) -> bool:
-        """Say whether a node is known not to answer."""
-        return self._ledger.nodes.is_offline(node.id)
 
 
 def _key(work: Work) -> Key:

@@ -185,22 +185,29 @@ class Repair:
             if instance_id is not None and not self._ledger.events.tell_of(DELETED, instance_id=instance_id):
                 self._tell_of_stranger(node, kind=kind, name=name, instance_id=instance_id)
                 continue
-            try:
-                if kind == _CONTAINER:
-                    remove_container(host, name, kill=True)
-                else:
-                    remove_helpers(host, name)
-                    remove_volume(host, name)
-            except DockerError as error:
-                log.warning("orphan not removed", node=node.id, kind=kind, name=name, error=error.message)
-                continue
-            log.warning("orphan removed", node=node.id, kind=kind, name=name)
-            self._ledger.events.add(
-                "orphan_removed",
-                message=f"{kind} {name} on node {node.id} belonged to no instance and was removed",
-                instance_id=instance_id,
-                node_id=node.id,
+            self._remove_orphan(
+                node, host, kind=kind, name=name, instance_id=instance_id, was="belonged to no instance and"
             )
+
+    def _remove_orphan(
+        self, node: NodeSpec, host: DockerHost, *, kind: str, name: str, instance_id: str | None, was: str
+    ) -> None:
+        try:
+            if kind == _CONTAINER:
+                remove_container(host, name, kill=True)
+            else:
+                remove_helpers(host, name)
+                remove_volume(host, name)
+        except DockerError as error:
+            log.warning("orphan not removed", node=node.id, kind=kind, name=name, error=error.message)
+            return
+        log.warning("orphan removed", node=node.id, kind=kind, name=name)
+        self._ledger.events.add(
+            "orphan_removed",
+            message=f"{kind} {name} on node {node.id} {was} was removed",
+            instance_id=instance_id,
+            node_id=node.id,
+        )
 
     def _remove_old_copies(
         self,
@@ -219,28 +226,16 @@ class Repair:
             _, _, generation = volume.name.rpartition("-copy-")
             if not generation.isdigit() or volume.instance_id is None:
                 continue
-            record = records.get(volume.instance_id) or self._find(volume.instance_id)  # it may live elsewhere by now
+            known = records.get(volume.instance_id)
+            record = known or self._ledger.instances.find(volume.instance_id)  # it may live elsewhere by now
             if record is None or int(generation) > record.generation:
                 continue
             copy = self._names.docker_copy(record.id, int(generation))
             if volume.name == copy and record.snapshot(int(generation)) is None:
                 old.append((record.id, copy))
         for instance_id, name in self._old_copies[node.id].see(old):
-            remove_helpers(host, name)
-            remove_volume(host, name)
-            log.warning("orphan removed", node=node.id, kind=_VOLUME, name=name)
-            self._ledger.events.add(
-                "orphan_removed",
-                message=f"{_VOLUME} {name} on node {node.id} was a copy of a snapshot that is gone, and was removed",
-                instance_id=instance_id,
-                node_id=node.id,
-            )
-
-    def _find(self, instance_id: str) -> InstanceRecord | None:
-        try:
-            return self._ledger.instances.get(instance_id)
-        except NotFound:
-            return None
+            was = "was a copy of a snapshot that is gone, and"
+            self._remove_orphan(node, host, kind=_VOLUME, name=name, instance_id=instance_id, was=was)
 
     def _tell_of_stranger(self, node: NodeSpec, *, kind: str, name: str, instance_id: str) -> None:
         if (node.id, name) in self._strangers:

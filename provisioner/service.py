@@ -140,7 +140,6 @@ class InstanceService:
                 volume=place.node.volume,
                 disk_enforced=place.disk_enforced,
                 why_there=place.note,
-                note=record.restore_note if record.moving is Moving.OFFLINE else None,
             )
 
         return self._wish(instance_id, decide)
@@ -187,7 +186,6 @@ class InstanceService:
                 ports=place.ports,
                 volume=place.node.volume,
                 disk_enforced=place.disk_enforced,
-                note=record.restore_note if record.moving is Moving.OFFLINE else None,
             )
 
         return self._wish(instance_id, decide)
