@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,20 +43,35 @@ def engines() -> Iterator[Mapping[str, Engine]]:
 @pytest.fixture(scope="module")
 def services(start_service: Callable[..., Service], engines: Mapping[str, Engine]) -> Callable[[str], Service]:
     """Give a function that starts a service whose cluster has that policy about lost nodes; one runs at a time."""
+    nodes = [engine.node(node_id) for node_id, engine in engines.items()]
+    fields = {"snapshot_every_minutes": 1}
+    return services_by_policy(start_service, nodes=nodes, after_minutes=1, cluster_fields=fields, idle_check_s=0.5)
+
+
+def services_by_policy(
+    start_service: Callable[..., Service],
+    *,
+    nodes: Sequence[Mapping[str, object]],
+    after_minutes: int,
+    cluster_fields: Mapping[str, object] | None = None,
+    **settings: object,
+) -> Callable[[str], Service]:
+    """Return a function that starts a service with a policy about lost nodes; one runs at a time, its minutes short."""
     started: dict[str, Service] = {}
 
     def start(policy: str) -> Service:
         for other in started.keys() - {policy}:
             started.pop(other).stop()
         if policy not in started:
+            offline = {"action": policy, "after_minutes": after_minutes}
             started[policy] = start_service(
-                nodes=[engine.node(node_id) for node_id, engine in engines.items()],
-                cluster_fields={"offline": {"action": policy, "after_minutes": 1}, "snapshot_every_minutes": 1},
+                nodes=nodes,
+                cluster_fields={"offline": offline, **(cluster_fields or {})},
                 minute_s=3,
-                idle_check_s=0.5,
                 heartbeat_s=0.5,
                 node_timeout_s=1,
                 offline_after_misses=2,
+                **settings,
             )
         return started[policy]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.acceptance.test_chaos import BREAKS, SMALL, await_rest, events_of
+from tests.acceptance.test_chaos import BREAKS, SMALL, await_rest, events_of, services_by_policy
 from tests.support.containers import execute
 from tests.support.engines import Engine
 from tests.support.service import Service
@@ -36,23 +36,7 @@ def engines() -> Iterator[Mapping[str, Engine]]:
 @pytest.fixture(scope="module")
 def services(start_service: Callable[..., Service], engines: Mapping[str, Engine]) -> Callable[[str], Service]:
     """Give a function that starts a service whose cluster has that policy about lost nodes; one runs at a time."""
-    started: dict[str, Service] = {}
-
-    def start(policy: str) -> Service:
-        for other in started.keys() - {policy}:
-            started.pop(other).stop()
-        if policy not in started:
-            started[policy] = start_service(
-                nodes=nodes_of(engines),
-                cluster_fields={"offline": {"action": policy, "after_minutes": 3}},
-                minute_s=3,
-                heartbeat_s=0.5,
-                node_timeout_s=1,
-                offline_after_misses=2,
-            )
-        return started[policy]
-
-    return start
+    return services_by_policy(start_service, nodes=nodes_of(engines), after_minutes=3)
 
 
 def nodes_of(engines: Mapping[str, Engine], **of_a: object) -> list[dict[str, object]]:
@@ -196,6 +180,14 @@ def assert_nothing_else(service: Service, engines: Mapping[str, Engine], *profil
         }
 
 
+def assert_kept_and_delete(service: Service, engines: Mapping[str, Engine], profile: Profile) -> None:
+    assert profile.read() == "first"
+    profile.assert_full()
+    assert_nothing_else(service, engines, profile)
+    assert service.delete(profile.id).status_code == 200
+    assert_nothing_else(service, engines)
+
+
 def test_a_capture_that_is_cut_off_is_refused_and_the_instance_runs_once_the_node_is_back(
     services: Callable[[str], Service], engines: Mapping[str, Engine]
 ) -> None:
@@ -211,11 +203,7 @@ def test_a_capture_that_is_cut_off_is_refused_and_the_instance_runs_once_the_nod
     assert (refused.status_code, refused.json()["code"]) == (409, "snapshot_failed"), refused.text
     there = await_rest(service, profile.id)
     assert (there["status"], there["node_id"]) == ("running", "a")
-    assert profile.read() == "first"
-    profile.assert_full()
-    assert_nothing_else(service, engines, profile)
-    assert service.delete(profile.id).status_code == 200
-    assert_nothing_else(service, engines)
+    assert_kept_and_delete(service, engines, profile)
 
 
 def test_an_instance_whose_archive_was_whole_falls_asleep_and_wakes_without_its_node(
@@ -232,11 +220,7 @@ def test_an_instance_whose_archive_was_whole_falls_asleep_and_wakes_without_its_
             assert answer.result(timeout=60).json()["status"] == "dormant"
             woken = profile.revive("a")
             assert (woken["status"], woken["node_id"], woken["restore_note"]) == ("running", "b", None)
-    assert profile.read() == "first"
-    profile.assert_full()
-    assert_nothing_else(service, engines, profile)
-    assert service.delete(profile.id).status_code == 200
-    assert_nothing_else(service, engines)
+    assert_kept_and_delete(service, engines, profile)
 
 
 @pytest.mark.parametrize(("step", "how"), [("saving", "kill"), ("copying", "unplug")])
@@ -297,8 +281,4 @@ def test_a_revival_onto_a_node_that_is_lost_meanwhile_comes_to_its_end(
     assert "Node a was lost while it was being restored there." in revived["restore_note"]
     (moved,) = [message for kind, message in events_of(service, profile.id) if kind == "move"]
     assert "is lost" not in moved
-    assert profile.read() == "first"
-    profile.assert_full()
-    assert_nothing_else(service, engines, profile)
-    assert service.delete(profile.id).status_code == 200
-    assert_nothing_else(service, engines)
+    assert_kept_and_delete(service, engines, profile)
