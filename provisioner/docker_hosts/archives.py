@@ -17,6 +17,7 @@ from datetime import datetime
 from pathlib import PurePosixPath
 from typing import Any
 
+from provisioner.docker_hosts import copies
 from provisioner.docker_hosts.containers import resume_container
 from provisioner.docker_hosts.helpers import HELPER_LABEL, helper_container, run_helper, run_inside
 from provisioner.docker_hosts.hosts import DockerHost
@@ -30,60 +31,16 @@ from provisioner.snapshots.mark import MARK_NAME
 from provisioner.snapshots.tars import TarScanner
 from stacks.names import INSTANCE_LABEL
 
-_STAMP = ".complete"
 _CHUNK_BYTES = 1 << 20
 _SMALL_BYTES = 64 << 10
 _RECORD_BYTES = 64 << 20
 _KILLED = 137
-_NO_COPY = 3
-_OUT_OF_TIME = 124
 _NEVER_STARTED = "created"
 MOST_PAUSED_S = 60
 """How long a container is paused at most for its home to be copied."""
 _HELPER_LIFE_S = 600
 """When a helper that a crash left ends by itself."""
 
-# A copy is not forced to the disk, which may take as long as anybody's writing on that node. So it is good until the
-# node starts anew: the stamp tells since when the node is up. What a power cut left of a copy is never taken for whole.
-_WRITE_STAMP = 'printf "%s %s" "$STAMP" "$(cat /proc/sys/kernel/random/boot_id)" > "/to/$STAMP_NAME"'
-# The number of entries is printed first: it is what the archive of the same directory is compared with.
-_COPY = (
-    r"""
-set -eu
-rm -rf "/to/$STAMP_NAME" /to/home "/to/$HOME_NAME"
-find /from ! -type s -print0 | tr -dc '\0' | wc -c
-mkdir "/to/$HOME_NAME"
-cp -a /from/. "/to/$HOME_NAME/"
-"""
-    + _WRITE_STAMP
-)
-# The same in three: what can be done before and after is not done while the container is paused.
-_CLEAR_COPY = 'rm -rf "/to/$STAMP_NAME" /to/home "/to/$HOME_NAME" && mkdir "/to/$HOME_NAME"'
-_COPY_PAUSED = 'timeout "$MOST_S" cp -a /from/. "/to/$HOME_NAME/"'
-_STAMP_COPY = (
-    r"""
-set -eu
-find "/to/$HOME_NAME" ! -type s -print0 | tr -dc '\0' | wc -c
-"""
-    + _WRITE_STAMP
-)
-_FILL = r"""
-set -eu
-[ -f "/from/$STAMP_NAME" ] || { echo "The node has no complete copy of the snapshot."; exit 3; }
-stamp=; boot=
-read -r stamp boot < "/from/$STAMP_NAME" || true
-[ "$stamp" = "$STAMP" ] || { echo "The node's copy is not of this snapshot."; exit 3; }
-[ "$boot" = "$(cat /proc/sys/kernel/random/boot_id)" ] || {
-    echo "The node was started anew after its copy was made."
-    exit 3
-}
-entries=$(find "/from/$HOME_NAME" ! -type s -print0 | tr -dc '\0' | wc -c)
-[ "$entries" = "$ENTRIES" ] || { echo "The node's copy has $entries entries, the snapshot $ENTRIES."; exit 3; }
-find /to -mindepth 1 -delete
-cp -a "/from/$HOME_NAME/." /to/
-find /to \( -name SingletonLock -o -name SingletonCookie -o -name SingletonSocket \) ! -type d -delete
-printf %s "$MARK" > "/to/$MARK_NAME"
-"""
 _EMPTY = "find /to -mindepth 1 -delete"
 _UNLOCK = 'cd /to && for lock in "$@"; do rm -f -- "$lock" || true; done'
 
@@ -164,7 +121,7 @@ class DockerMachine:
         )
         code, output = self._run(
             volumes,
-            _COPY,
+            copies.COPY,
             mounts={"/from": volumes.home, "/to": volumes.copy},
             read_only=("/from",),
             environment={"STAMP": stamp, **_names(volumes)},
@@ -193,17 +150,17 @@ class DockerMachine:
             labels=self._labels,
         ) as helper:
             self._host.call(f"start {helper}", self._host.slow_api.start, helper)
-            code, output = run_inside(self._host, helper, _CLEAR_COPY)
+            code, output = run_inside(self._host, helper, copies.CLEAR)
             if not code:
                 try:
                     self._host.call(f"pause {container}", self._host.slow_api.pause, container)
-                    code, output = run_inside(self._host, helper, _COPY_PAUSED)
+                    code, output = run_inside(self._host, helper, copies.COPY_PAUSED)
                     paused = self.inspect_container(container).paused
                 finally:
                     self.resume_container(container)
                 if not code and not paused:  # somebody stopped or resumed it: the copy may be torn
                     raise DockerError(f"The container {container} went on while its home was copied.")
-        if code == _OUT_OF_TIME:
+        if code == copies.OUT_OF_TIME:
             raise DockerError(
                 f"The volume {volumes.home} could not be copied within {MOST_PAUSED_S} s, and the browser is not held "
                 "for longer.",
@@ -227,7 +184,7 @@ class DockerMachine:
         """Put `stamp` on what `copy_running` has copied; return how many entries (sockets aside) that has."""
         self._check_volume(volumes.copy)
         code, output = self._run(
-            volumes, _STAMP_COPY, mounts={"/to": volumes.copy}, environment={"STAMP": stamp, **_names(volumes)}
+            volumes, copies.STAMP_COPIED, mounts={"/to": volumes.copy}, environment={"STAMP": stamp, **_names(volumes)}
         )
         if code:
             raise DockerError(f"The volume {volumes.copy} could not be stamped: {_last_line(output)}", detail=output)
@@ -240,7 +197,7 @@ class DockerMachine:
         except DockerNotFound:
             return None
         with self._helper(copy, mounts={"/from": copy}) as helper:
-            text = self._read_small(helper, f"/from/{_STAMP}")
+            text = self._read_small(helper, f"/from/{copies.STAMP_NAME}")
         return text.split(" ")[0] if text else None
 
     def remove_copy(self, copy: str) -> None:
@@ -275,7 +232,7 @@ class DockerMachine:
             return "The node has no copy of the snapshot."
         code, output = self._run(
             volumes,
-            _FILL,
+            copies.FILL,
             mounts={"/from": volumes.copy, "/to": volumes.home},
             read_only=("/from",),
             environment={
@@ -286,7 +243,7 @@ class DockerMachine:
                 **_names(volumes),
             },
         )
-        if code == _NO_COPY:
+        if code == copies.NO_COPY:
             return _last_line(output)
         if code:
             raise DockerError(f"The volume {volumes.copy} could not be copied: {_last_line(output)}", detail=output)
@@ -431,7 +388,7 @@ def _home_name(volumes: Volumes) -> str:
 
 
 def _names(volumes: Volumes) -> dict[str, str]:
-    return {"STAMP_NAME": _STAMP, "HOME_NAME": _home_name(volumes)}
+    return {"STAMP_NAME": copies.STAMP_NAME, "HOME_NAME": _home_name(volumes)}
 
 
 def _only_file(chunks: Iterable[bytes], *, limit: int) -> bytes:
