@@ -11,89 +11,19 @@ import pytest
 from pydantic import SecretStr
 
 from provisioner import lifecycle, placer
-from provisioner.changes import Changes
-from provisioner.cluster import Cluster
-from provisioner.docker_hosts.hosts import DockerHosts
 from provisioner.errors import Conflict, NoCapacity, SnapshotCorrupt
-from provisioner.images import ImageCatalogue
-from provisioner.ledger.records import InstanceRecord, Moving, NodeStatus, SnapshotRecord, SnapshotState
+from provisioner.ledger.records import Moving, NodeStatus, SnapshotRecord, SnapshotState
 from provisioner.lifecycle import Update
-from provisioner.moves import MAX_PAUSE_S, Mover
+from provisioner.moves import MAX_PAUSE_S
 from provisioner.placement import Place, choose_place
-from provisioner.service import QUICK_START, InstanceService
-from provisioner.settings import Settings
+from provisioner.service import QUICK_START
 from provisioner.states import Status, Wanted
-from stacks.spec import Availability, ClusterSpec, NodeSpec, OfflinePolicy, PortRange
+from stacks.spec import Availability, NodeSpec, OfflinePolicy, PortRange
+from tests.support.moves import DAY_S, Moves
 from tests.support.records import make_record
-from tests.support.world import ID, NAMES, World, empty_ledger
+from tests.support.world import ID, NAMES
 
 HOME = NAMES.volume_urn(ID)
-DAY_S = 86400.0
-
-
-class Moves:
-    """Two nodes, `a` with an instance and `b` with room, and what moves between them."""
-
-    def __init__(self, location: Path | SecretStr, *, action: str = "move") -> None:
-        self.world = World(empty_ledger(location))
-        self.ledger = self.world.ledger
-        nodes = (NodeSpec(id="a", host="unix:///a"), NodeSpec(id="b", host="unix:///b"))
-        policy = OfflinePolicy(action=action, after_minutes=1)  # type: ignore[arg-type]
-        self.cluster = Cluster(ClusterSpec(name="unit", nodes=nodes, offline=policy))
-        self.ledger.nodes.sync(nodes)
-        for node in nodes:
-            self.observe(node.id, status=NodeStatus.ONLINE)
-        self.service = InstanceService(
-            self.ledger,
-            cluster=self.cluster,
-            settings=Settings(),
-            catalogue=ImageCatalogue(self.cluster, hosts=DockerHosts()),
-            changes=Changes(),
-            port_free=lambda _node, _port: True,
-        )
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin anew with what is in the ledger, like a service that was killed."""
-        self.world.crash()
-        self.mover = Mover(self.ledger, cluster=self.cluster, service=self.service, settings=Settings())
-
-    def observe(self, node_id: str, **values: object) -> None:
-        known = {"cpu_cores": 8.0, "memory_bytes": 2**34, "misses": 0, "offline_since": None}
-        self.ledger.nodes.observe(node_id, values=known | values)
-
-    def lose(self, node_id: str, *, ago_s: float = DAY_S) -> None:
-        self.observe(node_id, status=NodeStatus.OFFLINE, misses=9, offline_since=time.time() - ago_s)
-
-    def mark(self, node_id: str, availability: Availability) -> None:
-        spec = self.cluster.spec
-        nodes = tuple(n.model_copy(update={"availability": availability}) if n.id == node_id else n for n in spec.nodes)
-        self.cluster.replace(spec.model_copy(update={"nodes": nodes}))
-        self.ledger.nodes.sync(nodes)
-
-    def add(self, instance_id: str = ID, *, snapshot: bool = True, **fields: object) -> InstanceRecord:
-        """Add a running instance on node a, with a verified live snapshot that holds what its home held then."""
-        self.world.add(id=instance_id, node_id="a", **fields)
-        self.world.settle()
-        self.world.engine.made[NAMES.volume_urn(instance_id)] = "old"
-        if snapshot:
-            self.world.wish(lambda r: lifecycle.wish_live_snapshot(r, reason="test"), instance_id)
-            self.world.settle()
-        self.world.engine.made[NAMES.volume_urn(instance_id)] = "new"
-        return self.ledger.instances.get(instance_id)
-
-    def run(self, *, rounds: int = 6) -> None:
-        for _ in range(rounds):
-            self.mover._pauses.clear()
-            self.mover.step()
-            self.world.settle()
-
-    def events(self, kind: str) -> list[str]:
-        return [event.message for event in self.ledger.events.list(instance_id=ID) if event.kind == kind]
-
-    @property
-    def record(self) -> InstanceRecord:
-        return self.ledger.instances.get(ID)
 
 
 @pytest.fixture
@@ -525,8 +455,6 @@ def test_a_drained_instance_that_is_being_deleted_is_not_moved(moves: Moves) -> 
 
 
 def test_only_what_runs_gets_a_live_snapshot() -> None:
-    from tests.support.records import make_record
-
     assert lifecycle.wish_live_snapshot(make_record(status=Status.DORMANT), reason="r") is None
     assert lifecycle.wish_live_snapshot(make_record(generation=2), reason="r") is None
     pending = SnapshotRecord(

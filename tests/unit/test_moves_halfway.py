@@ -11,8 +11,8 @@ from provisioner.ledger.records import Moving
 from provisioner.service import QUICK_START
 from provisioner.states import Status
 from stacks.spec import Availability
+from tests.support.moves import Moves
 from tests.support.world import ID
-from tests.unit.test_moves import Moves
 
 
 @pytest.fixture
